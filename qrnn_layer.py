@@ -1,0 +1,514 @@
+"""The QRNN layer (Bradbury et al. 2016, arXiv 1611.01576) with recurrent pooling that has no loop over time.
+
+The recurrence and its closed form, for x > 0 and c_t = log f_1 + ... + log f_t:
+
+    h_t = f_t * h_{t-1} + x_t        <=>        log h_t = c_t + logcumsumexp_t(log x_t - c_t)
+
+Glossary (letters of the paper):
+    B T H    batch, time steps, channels of the hidden state; arrays are (B, T, H) unless said otherwise
+    K F      kernel width of the convolution; features of its input
+    z        candidate, any activation of the first block of the projection (the paper's Z)
+    f i o    forget, input and output gate, in [0, 1]; `log_f` is log f; Salesforce's code calls 1 - f what is f here
+    x        what enters the recurrence: (1 - f) * z in the modes "f" and "fo", i * z in "ifo"
+    c h      cell state, the result of the pooling, and the layer's output: h = c in "f", h = o * c in "fo" and "ifo"
+
+The file imports torch only, so that it can be copied into another project as it is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+METHODS = ("loop", "log", "blocked", "scan")
+MODES = {"f": 2, "fo": 3, "ifo": 4}  # mode -> number of blocks in the projection, in the order z, f, [i], [o]
+ACTIVATIONS = {
+    "softplus": F.softplus,
+    "exp": torch.exp,
+    "sigmoid": torch.sigmoid,
+    "relu": torch.relu,
+    "tanh": torch.tanh,
+    "identity": lambda z: z,
+}
+SIGNED_ACTIVATIONS = ("tanh", "identity")  # all others give z >= 0, which the closed form takes without splitting
+
+
+# --- the trick -------------------------------------------------------------------------------------------------------
+
+
+def closed_form(log_f: Tensor, log_x: Tensor) -> tuple[Tensor, Tensor]:
+    """The recurrence h_t = f_t h_{t-1} + x_t with h_0 = 0, for every t at once, over the dimension before the last.
+
+    Returns log h and c, the cumulative log forget gates, both shaped like the arguments (..., T, H).
+    """
+    c = log_f.cumsum(dim=-2)  # log of f_1 * ... * f_t
+    log_h = c + (log_x - c).logcumsumexp(dim=-2)  # f_1...f_t * sum of x_s / (f_1...f_s), in logs
+    return log_h, c
+
+
+# --- the four ways to pool: each takes f in logs, x of any sign and h0, and gives h; none is called with T = 0 --------
+
+
+def _loop(log_f: Tensor, x: Tensor, h0: Tensor) -> Tensor:
+    """The definition, and the only loop over time in this project."""
+    f, h, steps = log_f.exp(), h0, []
+    for t in range(x.shape[1]):
+        h = f[:, t] * h + x[:, t]  # (B, H)
+        steps.append(h)
+    return torch.stack(steps, dim=1)
+
+
+def _log(log_f: Tensor, x: Tensor, h0: Tensor, positive: bool) -> Tensor:
+    """The closed form over the whole sequence; h0 enters as exp(c_t) h0, which needs no sign."""
+    h, c = _closed_form_of_any_sign(log_f, x, positive)
+    return h + c.exp() * h0.unsqueeze(-2)
+
+
+def _blocked(log_f: Tensor, x: Tensor, h0: Tensor, positive: bool, block_size: int) -> Tensor:
+    """The closed form inside blocks of time steps, in float64, and the odd-even scan from block to block.
+
+    float64, because a float32 log of size |c| is off by eps |c|: one hard reset (log f = -87) costs 1e-5 already.
+    """
+    length = x.shape[1]
+    block_size = min(block_size, length)
+    shape = (x.shape[0], -(-length // block_size), block_size, x.shape[2])
+    fill = (0, 0, 0, shape[1] * block_size - length)
+    h, c = _closed_form_of_any_sign(
+        F.pad(log_f, fill).double().view(shape), F.pad(x, fill).double().view(shape), positive, log_f.dtype
+    )  # (B, blocks, block_size, H), as if every block started from 0
+    decay = c.exp()
+    ends = _scan(decay[:, :, -1], h[:, :, -1], h0.double())  # (B, blocks, H), the true state after each block
+    starts = torch.cat([h0.double().unsqueeze(1), ends[:, :-1]], dim=1)
+    h = h + decay * starts.unsqueeze(2)
+    return h.reshape(shape[0], -1, shape[3])[:, :length].to(x.dtype)
+
+
+def _closed_form_of_any_sign(
+    log_f: Tensor, x: Tensor, positive: bool, range_of: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """Split x into x+ - x-, pool both halves at once, subtract. A gate of 0 counts as the smallest number of its dtype:
+    in logs -inf - (-inf) would be NaN."""
+    log_f = log_f.clamp(min=math.log(torch.finfo(range_of or log_f.dtype).tiny))
+    if positive:
+        log_h, c = closed_form(log_f, x.log())
+        return log_h.exp(), c
+    log_h, c = closed_form(log_f, torch.stack([x, -x]).clamp(min=0).log())  # (2, ..., T, H)
+    return log_h[0].exp() - log_h[1].exp(), c
+
+
+def _scan(f: Tensor, x: Tensor, h0: Tensor) -> Tensor:
+    """Odd-even scan in linear space: log2(T) levels, 2T work, no division, so exact to rounding for any sign."""
+    h = torch.empty_like(x, memory_format=torch.contiguous_format)
+    _scan_into(h, f, x, h0)
+    return h
+
+
+def _scan_into(h: Tensor, f: Tensor, x: Tensor, h0: Tensor) -> None:
+    length = x.shape[1]
+    h[:, 0] = torch.addcmul(x[:, 0], f[:, 0], h0)
+    if (
+        length > 1
+    ):  # two steps in one: h_{t+1} = (f_{t+1} f_t) h_{t-1} + (x_{t+1} + f_{t+1} x_t), a sequence half as long
+        f_odd, pairs = f[:, 1::2], slice(0, length - 1, 2)
+        _scan_into(h[:, 1::2], f_odd * f[:, pairs], torch.addcmul(x[:, 1::2], f_odd, x[:, pairs]), h0)
+    if length > 2:  # the steps between, each from its neighbour
+        h[:, 2::2] = torch.addcmul(x[:, 2::2], f[:, 2::2], h[:, 1 : length - 1 : 2])
+
+
+# --- the derivative, one for all methods -----------------------------------------------------------------------------
+
+
+class _Pool(torch.autograd.Function):
+    """h_t = f_t h_{t-1} + x_t with its derived backward pass, which is the same recurrence run backwards in time.
+
+    delta_t = g_t + f_{t+1} delta_{t+1}    dx_t = delta_t    dlog f_t = delta_t f_t h_{t-1}    dh_0 = f_1 delta_1
+
+    Autograd through the logs loses far more digits than the forward pass and stores every array on the way; this stores
+    log f and h. It calls the pooling itself, so that second derivatives work.
+    """
+
+    @staticmethod
+    def forward(
+        log_f: Tensor, x: Tensor, h0: Tensor, method: str, block_size: int, positive: bool
+    ) -> Tensor:  # (B, T, H), (B, T, H), (B, H) -> (B, T, H)
+        if method == "loop":
+            return _loop(log_f, x, h0)
+        if method == "log":
+            return _log(log_f, x, h0, positive)
+        if method == "blocked":
+            return _blocked(log_f, x, h0, positive, block_size)
+        return _scan(log_f.exp(), x, h0)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        log_f, _, h0, ctx.method, ctx.block_size, _ = inputs
+        ctx.save_for_backward(log_f, h0, output)
+        ctx.save_for_forward(log_f, h0, output)
+
+    @staticmethod
+    def backward(ctx, grad):
+        log_f, h0, h = ctx.saved_tensors
+        log_f_next = torch.cat([log_f[:, :1], log_f[:, 1:].flip(1)], dim=1)  # log f_{t+1}, t running down from T
+        delta = _recurrence(log_f_next, grad.flip(1), torch.zeros_like(h0), ctx.method, ctx.block_size).flip(1)
+        f_delta = log_f.exp() * delta
+        h_before = torch.cat([h0.unsqueeze(1), h[:, :-1]], dim=1)
+        return f_delta * h_before, delta, f_delta[:, 0], None, None, None
+
+    @staticmethod
+    def vmap(info, in_dims, log_f, x, h0, method, block_size, positive):
+        def fold(array: Tensor, dim: int | None) -> Tensor:  # the mapped dimension joins the batch
+            array = array.expand(info.batch_size, *array.shape) if dim is None else array.movedim(dim, 0)
+            return array.flatten(0, 1)
+
+        folded = (fold(array, dim) for array, dim in zip((log_f, x, h0), in_dims, strict=False))
+        h = _recurrence(*folded, method, block_size, positive)
+        return h.unflatten(0, (info.batch_size, h.shape[0] // max(info.batch_size, 1))), 0
+
+
+class _PoolForwardMode(_Pool):
+    """Adds the forward-mode derivative, again a pooling. A class of its own: torch.compile takes no `jvp`."""
+
+    @staticmethod
+    def jvp(ctx, log_f_tangent, x_tangent, h0_tangent, *_):
+        log_f, h0, h = ctx.saved_tensors
+        h_before = torch.cat([h0.unsqueeze(1), h[:, :-1]], dim=1)
+        x_tangent = x_tangent + log_f.exp() * h_before * log_f_tangent
+        return _recurrence(log_f, x_tangent, h0_tangent, ctx.method, ctx.block_size)
+
+
+def _recurrence(
+    log_f: Tensor, x: Tensor, h0: Tensor, method: str, block_size: int = 64, positive: bool = False
+) -> Tensor:
+    """h_t = f_t h_{t-1} + x_t, (B, T, H), in the dtype of the arguments; `positive` promises x >= 0."""
+    if x.shape[1] == 0:
+        return x
+    function = _Pool if torch.compiler.is_compiling() else _PoolForwardMode
+    return function.apply(log_f, x, h0, _resolve(method, x.device), block_size, positive)
+
+
+def _resolve(method: str, device: torch.device) -> str:
+    """The rule behind "auto": see `pool`."""
+    if method != "auto":
+        return method
+    return "blocked" if device.type == "cuda" and not torch.are_deterministic_algorithms_enabled() else "scan"
+
+
+# --- pooling, the public functions -----------------------------------------------------------------------------------
+
+
+def pool(
+    log_f: Tensor,
+    log_x: Tensor,
+    h0: Tensor | None = None,
+    *,
+    method: str = "auto",
+    block_size: int = 64,
+    check: bool = False,
+) -> Tensor:
+    """Pool positive x: h_t = exp(log_f_t) h_{t-1} + exp(log_x_t) (eq. 3 of the paper, x = (1 - f) z).
+
+    Args:
+        log_f: (B, T, H), any floating dtype; logs of the forget gates, <= 0. -inf is a gate of exactly 0: a hard reset.
+        log_x: (B, T, H), same dtype and device; logs of what enters. -inf: nothing enters.
+        h0: (B, H), same dtype and device, any sign; the state before the first step. Default: zeros.
+        method: how to compute it. All give the same h and the same gradients up to rounding, and stay finite.
+            "loop": the definition, step by step.
+            "log": `closed_form` over the whole sequence. In float32 its relative error, 4 eps (max |c_t| + max |log_x_t|)
+            where c_t is the sum of log_f, grows with T, and fast when the gates forget.
+            "blocked": `closed_form` inside blocks, in float64: 1e-5 for any T, hard resets included.
+            "scan": odd-even scan in linear space: 5e-6 for any T.
+            "auto": "blocked" on CUDA, "scan" elsewhere and under `torch.use_deterministic_algorithms(True)`, because
+            CUDA's `cumsum` is not deterministic. On a CPU `logcumsumexp` is a scalar loop that makes the log forms many
+            times slower than "scan", and "scan" beats "loop" unless B * H is large: `benchmark.py` measures it.
+        block_size: time steps a block, "blocked" only.
+        check: also check values (a gate above 1, NaN, an infinite x), which makes a GPU wait. Unchecked, log_f > 0 is
+            computed as it stands, as a recurrence that grows, and NaN and inf spread to later steps of their channel,
+            in the log forms possibly to steps of the whole block.
+
+    Returns:
+        h, (B, T, H), in the dtype of log_f. bfloat16 and float16 are pooled in float32 and cast back.
+
+    Raises:
+        ValueError: a wrong rank, shape, dtype, device, method or block size, and with `check` a wrong value.
+    """
+    arrays = {"log_f": log_f, "log_x": log_x, "h0": h0}
+    _check_pool(arrays, method, block_size, check, limits={"log_f": 0.0})
+    f, x, state = _working_precision(log_f, log_x, h0)
+    return _recurrence(f, x.exp(), state, method, block_size, positive=True).to(log_f.dtype)
+
+
+def signed_pool(
+    log_f: Tensor,
+    log_i: Tensor,
+    z: Tensor,
+    h0: Tensor | None = None,
+    *,
+    method: str = "auto",
+    block_size: int = 64,
+    check: bool = False,
+) -> Tensor:
+    """Pool candidates of any sign: h_t = exp(log_f_t) h_{t-1} + exp(log_i_t) z_t (eq. 5 of the paper).
+
+    The log forms split z = z+ - z-, pool the halves and subtract; errors are relative to the same pooling of |z|.
+
+    Args:
+        log_f: (B, T, H), as in `pool`.
+        log_i: (B, T, H), logs of the input gates, <= 0; -inf allowed.
+        z: (B, T, H), any finite numbers.
+        h0, method, block_size, check: as in `pool`.
+
+    Returns:
+        h, (B, T, H), in the dtype of log_f.
+
+    Raises:
+        ValueError: as `pool`.
+    """
+    arrays = {"log_f": log_f, "log_i": log_i, "z": z, "h0": h0}
+    _check_pool(arrays, method, block_size, check, limits={"log_f": 0.0, "log_i": 0.0})
+    f, i, candidates, state = _working_precision(log_f, log_i, z, h0)
+    return _recurrence(f, i.exp() * candidates, state, method, block_size).to(log_f.dtype)
+
+
+def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """Sums over time in half precision say nothing, so states and pooling are float32 or float64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _working_precision(*arrays: Tensor | None) -> list[Tensor]:
+    """All arrays in at least float32; h0, the last, as zeros (B, H) if it is None."""
+    *arrays, h0 = arrays
+    dtype = _at_least_float32(arrays[0].dtype)
+    h0 = arrays[0].new_zeros(arrays[0].shape[0], arrays[0].shape[2]) if h0 is None else h0
+    return [array.to(dtype) for array in (*arrays, h0)]
+
+
+# --- the layer -------------------------------------------------------------------------------------------------------
+
+
+class QRNNState(NamedTuple):
+    """Everything a QRNN layer remembers between two calls.
+
+    Attributes:
+        c: (B, H), the cell state after the last step; float32 even if the layer computes in half precision.
+        window: (B, K - 1, F), the last K - 1 inputs, oldest first.
+    """
+
+    c: Tensor
+    window: Tensor
+
+
+class QRNNLayer(nn.Module):
+    """One QRNN layer: a causal convolution over time gives the candidate and the gates, `pool` does the rest.
+
+    >>> layer = QRNNLayer(input_size=32, hidden_size=64)
+    >>> h, state = layer(torch.randn(8, 100, 32))             # h: (8, 100, 64)
+    >>> h, state = layer(torch.randn(8, 50, 32), state)       # the next 50 steps of the same 8 sequences
+
+    Args:
+        input_size: features F of the input.
+        hidden_size: channels H of the output.
+        kernel_size: width K of the convolution; step t sees the inputs t - K + 1 ... t, never a later one.
+        mode: "f", "fo" or "ifo", section 2 of the paper: which gates there are besides the forget gate.
+        zoneout: probability that a channel keeps its state for a step, in training only (eq. 6, without rescaling).
+        activation: of the candidate: "softplus", "exp", "sigmoid", "relu", "tanh" (the paper's) or "identity".
+        bias: whether the projection has a bias.
+        method: how to pool, see `pool`.
+        device, dtype: of the parameters.
+
+    Raises:
+        ValueError: an argument out of range.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        kernel_size: int = 2,
+        mode: str = "fo",
+        zoneout: float = 0.0,
+        *,
+        activation: str = "softplus",
+        bias: bool = True,
+        method: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        for name, size in (("input_size", input_size), ("hidden_size", hidden_size), ("kernel_size", kernel_size)):
+            if not isinstance(size, int) or size < 1:
+                raise ValueError(f"{name}: {size!r} given, a whole number of at least 1 expected")
+        if not 0 <= zoneout <= 1:
+            raise ValueError(f"zoneout: {zoneout!r} given, a probability from 0 to 1 expected")
+        _check_choice("mode", mode, tuple(MODES))
+        _check_choice("activation", activation, tuple(ACTIVATIONS))
+        _check_choice("method", method, ("auto", *METHODS))
+        self.input_size, self.hidden_size, self.kernel_size = input_size, hidden_size, kernel_size
+        self.mode, self.zoneout, self.activation, self.method = mode, zoneout, activation, method
+        rows = MODES[mode] * hidden_size
+        self.weight = nn.Parameter(torch.empty(rows, kernel_size * input_size, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(rows, device=device, dtype=dtype)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self, forget_bias: float = 0.0) -> None:
+        """Draw the parameters uniformly from +-1/sqrt(K F), as nn.Conv1d does, and add `forget_bias` to the bias of the
+        forget gate: a positive one makes the layer remember longer at the start of training."""
+        if self.bias is None and forget_bias:
+            raise ValueError(f"forget_bias: {forget_bias!r} given, but the layer has no bias; build it with bias=True")
+        bound = 1 / math.sqrt(self.kernel_size * self.input_size)
+        for parameter in self.parameters():
+            nn.init.uniform_(parameter, -bound, bound)
+        if self.bias is not None:
+            with torch.no_grad():
+                self.bias[self.hidden_size : 2 * self.hidden_size] += forget_bias
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.input_size}, {self.hidden_size}, kernel_size={self.kernel_size}, mode={self.mode!r}, "
+            f"zoneout={self.zoneout}, activation={self.activation!r}, bias={self.bias is not None}, "
+            f"method={self.method!r}"
+        )
+
+    def initial_state(self, batch_size: int, like: Tensor) -> QRNNState:
+        """Zeros, for `batch_size` sequences of the device and dtype of `like`."""
+        return QRNNState(
+            c=like.new_zeros(batch_size, self.hidden_size, dtype=_at_least_float32(like.dtype)),
+            window=like.new_zeros(batch_size, self.kernel_size - 1, self.input_size),
+        )
+
+    def forward(
+        self, x: Tensor, state: QRNNState | None = None, lengths: Tensor | Sequence[int] | None = None
+    ) -> tuple[Tensor, QRNNState]:
+        """Run the layer over T steps.
+
+        Args:
+            x: (B, T, F), in the dtype of the parameters; any dtype under autocast.
+            state: what an earlier call returned: the steps of x then follow those of that call. Default: zeros.
+            lengths: (B,) whole numbers from 0 to T, on any device: only the first `lengths[b]` steps of x[b] are real.
+                Padding moves no state, its content (NaN even) is never seen, and its output is 0. The range is checked
+                for lengths on the CPU; looking at others would make the GPU wait.
+
+        Returns:
+            h, (B, T, H), and the state after the last real step of each sequence.
+
+        Raises:
+            ValueError: a wrong rank, size, dtype, device or length.
+        """
+        self._check_input(x, state)
+        batch_size, time = x.shape[:2]
+        if state is None:
+            state = self.initial_state(batch_size, x)
+        padding = None
+        if lengths is not None:
+            lengths = _check_lengths(lengths, batch_size, time).to(x.device)
+            padding = (torch.arange(time, device=x.device) >= lengths.unsqueeze(1)).unsqueeze(2)  # (B, T, 1)
+            x = x.masked_fill(padding, 0)
+
+        seen = torch.cat([state.window, x], dim=1)  # (B, K-1+T, F)
+        taps = torch.cat([seen[:, k : k + time] for k in range(self.kernel_size)], dim=2)  # (B, T, K*F)
+        projection = F.linear(taps, self.weight, self.bias)  # (B, T, MODES*H), all gates in one matrix product
+        blocks = projection.to(_at_least_float32(projection.dtype)).chunk(MODES[self.mode], dim=2)
+        z, log_f = ACTIVATIONS[self.activation](blocks[0]), F.logsigmoid(blocks[1])
+        i = torch.sigmoid(blocks[2] if self.mode == "ifo" else -blocks[1])  # 1 - f = sigmoid(-pre-activation)
+
+        keep = padding  # where the state stays exactly as it is: f = 1 and nothing enters
+        if self.training and self.zoneout > 0:
+            zoned_out = torch.rand_like(log_f) < self.zoneout
+            keep = zoned_out if padding is None else zoned_out | padding
+        if keep is not None:
+            log_f, i = log_f.masked_fill(keep, 0), i.masked_fill(keep, 0)
+
+        c = _recurrence(log_f, i * z, state.c, self.method, positive=self.activation not in SIGNED_ACTIVATIONS)
+        h = c if self.mode == "f" else torch.sigmoid(blocks[-1]) * c
+        if padding is not None:
+            h = h.masked_fill(padding, 0)
+        return h.to(projection.dtype), self._last_state(state.c, c, seen, lengths)
+
+    def _last_state(self, c0: Tensor, c: Tensor, seen: Tensor, lengths: Tensor | None) -> QRNNState:
+        time = c.shape[1]
+        if lengths is None:  # cloned: a view would keep the whole sequence in memory, and in every pickle
+            return QRNNState((c[:, -1] if time else c0).clone(), seen[:, time:].clone())
+        rows = torch.arange(len(lengths), device=c.device)
+        steps = lengths.unsqueeze(1) + torch.arange(self.kernel_size - 1, device=c.device)  # (B, K-1)
+        states = torch.cat([c0.unsqueeze(1), c], dim=1)  # (B, 1+T, H): index t is the state after t steps
+        return QRNNState(states[rows, lengths], seen[rows.unsqueeze(1), steps])
+
+    def _check_input(self, x: Tensor, state: QRNNState | None) -> None:
+        if x.dim() != 3 or x.shape[2] != self.input_size:
+            raise ValueError(f"x: shape {tuple(x.shape)} given, (B, T, {self.input_size}) expected")
+        autocast = torch.is_autocast_enabled(x.device.type)
+        _check_like("x", x, "the layer's parameters", self.weight.device, None if autocast else self.weight.dtype)
+        if state is None:
+            return
+        wanted = {"c": (x.shape[0], self.hidden_size), "window": (x.shape[0], self.kernel_size - 1, self.input_size)}
+        dtypes = {"c": _at_least_float32(x.dtype), "window": None if autocast else x.dtype}
+        for name, array in zip(wanted, state, strict=True):
+            if tuple(array.shape) != wanted[name]:
+                raise ValueError(f"state.{name}: shape {tuple(array.shape)} given, {wanted[name]} expected")
+            _check_like(f"state.{name}", array, "x", x.device, dtypes[name])
+
+
+# --- errors ----------------------------------------------------------------------------------------------------------
+
+
+def _check_choice(name: str, given: str, choices: tuple[str, ...]) -> None:
+    if given not in choices:
+        raise ValueError(f"{name}: {given!r} given, one of {', '.join(map(repr, choices))} expected")
+
+
+def _check_like(name: str, array: Tensor, like: str, device: torch.device, dtype: torch.dtype | None) -> None:
+    if not array.is_floating_point() or (dtype is not None and array.dtype != dtype):
+        raise ValueError(
+            f"{name}: dtype {array.dtype} given, {dtype or 'a floating dtype'} expected, to go with {like}"
+        )
+    if array.device != device:
+        raise ValueError(f"{name}: device {array.device} given, {device} expected, where {like} is")
+
+
+def _check_pool(
+    arrays: dict[str, Tensor | None], method: str, block_size: int, check: bool, limits: dict[str, float]
+) -> None:
+    log_f = arrays["log_f"]
+    if log_f.dim() != 3:
+        raise ValueError(f"log_f: shape {tuple(log_f.shape)} given, three dimensions (B, T, H) expected")
+    for name, array in arrays.items():
+        if array is None:
+            continue
+        shape = tuple(log_f.shape) if name != "h0" else (log_f.shape[0], log_f.shape[2])
+        if tuple(array.shape) != shape:
+            layout = "(B, T, H)" if name != "h0" else "(B, H)"
+            raise ValueError(f"{name}: shape {tuple(array.shape)} given, {layout} = {shape} expected, to go with log_f")
+        _check_like(name, array, "log_f", log_f.device, log_f.dtype)
+    _check_choice("method", method, ("auto", *METHODS))
+    if not isinstance(block_size, int) or block_size < 1:
+        raise ValueError(f"block_size: {block_size!r} given, a whole number of at least 1 expected")
+    if check:
+        for name, array in arrays.items():
+            if array is not None:
+                _check_values(name, array, limits.get(name))
+
+
+def _check_values(name: str, array: Tensor, limit: float | None) -> None:
+    is_log = name.startswith("log_")
+    wrong = array.isnan() | array.isposinf() | (array > limit if limit is not None else False)
+    wrong = wrong if is_log else wrong | array.isneginf()
+    if wrong.any():
+        where = tuple(wrong.nonzero()[0].tolist())
+        legal = f"numbers <= {limit:g} or -inf" if limit is not None else "numbers or -inf" if is_log else "numbers"
+        raise ValueError(f"{name}: {array[where].item()} given at {where}, {legal} expected ({int(wrong.sum())} wrong)")
+
+
+def _check_lengths(lengths: Tensor | Sequence[int], batch_size: int, time: int) -> Tensor:
+    lengths = torch.as_tensor(lengths)
+    if lengths.dtype not in (torch.int64, torch.int32) or tuple(lengths.shape) != (batch_size,):
+        raise ValueError(
+            f"lengths: shape {tuple(lengths.shape)} of {lengths.dtype} given, ({batch_size},) of torch.int64 expected"
+        )
+    looked_at = lengths.device.type == "cpu" and not torch.compiler.is_compiling()
+    if looked_at and not bool(((lengths >= 0) & (lengths <= time)).all()):
+        raise ValueError(f"lengths: {lengths.tolist()} given, numbers from 0 to T = {time} expected")
+    return lengths.long()
