@@ -85,7 +85,7 @@ def _blocked(log_f: Tensor, x: Tensor, h0: Tensor, positive: bool, block_size: i
     ends = _scan(decay[:, :, -1], h[:, :, -1], h0.double())  # (B, blocks, H), the true state after each block
     starts = torch.cat([h0.double().unsqueeze(1), ends[:, :-1]], dim=1)
     h = h + decay * starts.unsqueeze(2)
-    return h.reshape(shape[0], -1, shape[3])[:, :length].to(x.dtype)
+    return h.reshape(shape[0], shape[1] * block_size, shape[3])[:, :length].to(x.dtype)
 
 
 def _closed_form_of_any_sign(
@@ -186,7 +186,7 @@ def _recurrence(
 ) -> Tensor:
     """h_t = f_t h_{t-1} + x_t, (B, T, H), in the dtype of the arguments; `positive` promises x >= 0."""
     if x.shape[1] == 0:
-        return x
+        return x * log_f + h0.unsqueeze(1)  # empty, and still a function of all three
     function = _Pool if torch.compiler.is_compiling() else _PoolForwardMode
     return function.apply(log_f, x, h0, _resolve(method, x.device), block_size, positive)
 
@@ -218,8 +218,8 @@ def pool(
         h0: (B, H), same dtype and device, any sign; the state before the first step. Default: zeros.
         method: how to compute it. All give the same h and the same gradients up to rounding, and stay finite.
             "loop": the definition, step by step.
-            "log": `closed_form` over the whole sequence. In float32 its relative error, 4 eps (max |c_t| + max |log_x_t|)
-            where c_t is the sum of log_f, grows with T, and fast when the gates forget.
+            "log": `closed_form` over the whole sequence. Its relative error, 4 eps (max |c_t| + max |log_x_t|) with c_t
+            the sum of log_f up to t, grows with T, and fast when the gates forget.
             "blocked": `closed_form` inside blocks, in float64: 1e-5 for any T, hard resets included.
             "scan": odd-even scan in linear space: 5e-6 for any T.
             "auto": "blocked" on CUDA, "scan" elsewhere and under `torch.use_deterministic_algorithms(True)`, because
@@ -440,7 +440,8 @@ class QRNNLayer(nn.Module):
     def _check_input(self, x: Tensor, state: QRNNState | None) -> None:
         if x.dim() != 3 or x.shape[2] != self.input_size:
             raise ValueError(f"x: shape {tuple(x.shape)} given, (B, T, {self.input_size}) expected")
-        autocast = torch.is_autocast_enabled(x.device.type)
+        device = x.device.type
+        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
         _check_like("x", x, "the layer's parameters", self.weight.device, None if autocast else self.weight.dtype)
         if state is None:
             return
