@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.utils.benchmark import Timer
 from tqdm import tqdm
 
-from qrnn_layer import METHODS, QRNNLayer, pool
 from machine import provenance
+from qrnn_layer import METHODS, QRNNLayer, pool
 
 Row = dict[str, Any]
 Problem = tuple[Tensor, Tensor, Tensor]  # log_f (B, T, H), log_x (B, T, H), h0 (B, H)

@@ -38,12 +38,13 @@ from language_model import LanguageModel, count_parameters, generate, matched_wi
 from presets import PRESETS, Config
 from qrnn import QRNN
 from report import describe_time, write_report
+from settings import InputError
 from training import (
     Batches,
-    InputError,
     StopSignal,
     Trainer,
     TrainingError,
+    agree,
     evaluate,
     perplexity,
     seconds_per_item,
@@ -184,20 +185,20 @@ def run(config: Config) -> int:
         record = new_record(config, data, accelerator.num_processes)
         write_file(config.folder / "config.json", json.dumps(record, indent=1) + "\n")
 
-    models = {name: build_model(config, name, data.tokenizer.get_vocab_size()) for name in config.models}
-    announce(config, data, models, accelerator)
+    announce(config, data, accelerator)
     results = []
     with StopSignal() as stop:
-        for name, model in models.items():
-            results.append(finished_result(config, name) or train_model(config, data, name, model, stop))
-            if stop.requested:
+        for name in config.models:
+            results.append(finished_result(config, name) or train_model(config, data, name, stop))
+            if any(agree(accelerator, stop.requested)):
                 break
+        interrupted = len(results) < len(config.models) or results[-1]["interrupted_at_epoch"] is not None
     if accelerator.is_main_process:
         table = write_report(
-            config.folder, config, data.fingerprint, data.floor, results, stop.requested, accelerator.device.type
+            config.folder, config, data.fingerprint, data.floor, results, interrupted, accelerator.device.type
         )
         print(f"\n{table}\n\nThe report is {config.folder / 'report.md'}.")
-    return 130 if stop.requested else 0
+    return 130 if interrupted else 0
 
 
 def new_record(config: Config, data: Data, processes: int) -> dict[str, Any]:
@@ -241,15 +242,16 @@ def check_same(config: Config, data: Data, processes: int, record: dict[str, Any
         raise InputError(f"{config.folder} was started with other settings: {', '.join(different)}")
 
 
-def announce(config: Config, data: Data, models: dict[str, LanguageModel], accelerator: Accelerator) -> None:
+def announce(config: Config, data: Data, accelerator: Accelerator) -> None:
     """Print what will be trained and about how long it takes."""
     accelerator.print(f"{data.fingerprint['name']}: {len(data.train):,} batches, {data.train.tokens:,} tokens an epoch")
     total = 0.0
-    for name, model in models.items():
+    for name in config.models:
         if (config.folder / name / "result.json").exists():
             continue
+        model = build_model(config, name, data.tokenizer.get_vocab_size())  # built again, from the seed, to be trained
         step = seconds_per_item(model, next_word_loss, data.train, config)
-        look = evaluation_seconds(model.to(accelerator.device), data)
+        look = evaluation_seconds(model, data)
         seconds = config.epochs * (step * data.train.tokens + look * data.valid.tokens) + look * data.test.tokens
         total += seconds
         recurrent = count_parameters(model.rnn)
@@ -276,9 +278,10 @@ def finished_result(config: Config, name: str) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.exists() else None
 
 
-def train_model(config: Config, data: Data, name: str, model: LanguageModel, stop: StopSignal) -> dict[str, Any]:
+def train_model(config: Config, data: Data, name: str, stop: StopSignal) -> dict[str, Any]:
     """Train one model and, when it is finished, test it at its best epoch."""
     folder = config.folder / name
+    model = build_model(config, name, data.tokenizer.get_vocab_size())
     trainer = Trainer(model, next_word_loss, data.train, config)
 
     def validate(model: nn.Module) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import platform
 import subprocess
@@ -69,6 +70,7 @@ def _memory_gib() -> float | None:
 
 def reset_peak_memory(device: torch.device) -> None:
     """Start measuring `peak_memory` anew, where the system can: on CUDA and on Linux."""
+    gc.collect()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     elif Path("/proc/self/clear_refs").exists():

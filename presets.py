@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from training import InputError, Settings, check_range
+from settings import InputError, Settings, check_range
 
 RUNS = Path("runs")
 

@@ -5,7 +5,6 @@ It knows nothing of words. A task gives it a model, the batches and a `Step`, wh
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import os
@@ -17,7 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from accelerate import Accelerator
@@ -27,9 +26,12 @@ from tqdm import tqdm
 
 from checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from machine import peak_memory, reset_peak_memory
+from settings import Settings
 
 LOG_LINES = 500  # lines of metrics.jsonl a run, about
 FLOOR_TOLERANCE = 1e-3  # nats: by chance a perfect model of a finite split lies this close to the exact entropy
+
+ADVICE = "the last good checkpoint is kept; a lower --lr or --clip may help, under another --name"
 
 Batch = tuple[Tensor, ...]  # each tensor has one row a sequence
 Carried = Tensor | tuple | None  # what a model remembers from one batch to the next, tuples nested as it likes
@@ -48,84 +50,12 @@ class Batches(Protocol):
     def epoch(self, n: int) -> Iterator[Batch]: ...
 
 
-class InputError(ValueError):
-    """The user asked for something impossible; the message is one line."""
-
-
 class TrainingError(RuntimeError):
     """Training cannot go on; the message is one line, and the checkpoints are good."""
 
 
 class FutureLeakWarning(UserWarning):
     """A model is better than possible."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How to train, whatever the task."""
-
-    epochs: int = 40
-    """Passes over the training data."""
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    """The optimiser, with PyTorch's defaults for all that is not a flag here."""
-    lr: float = 1e-3
-    """Learning rate (the highest one, with --schedule one-cycle), for the mean loss of a token."""
-    schedule: Literal["constant", "one-cycle", "decay"] = "constant"
-    """Learning rate over time. one-cycle: up in a straight line, down along a cosine to 0. decay: see --lr-decay."""
-    warmup: float = 0.1
-    """one-cycle: the part of all steps during which the learning rate goes up."""
-    lr_decay: float = 0.95
-    """decay: the factor of the learning rate after each epoch, once --lr-decay-after epochs are over."""
-    lr_decay_after: int = 6
-    """decay: epochs at the full learning rate."""
-    weight_decay: float = 0.01
-    """Weight decay of the optimiser."""
-    clip: float | None = None
-    """Gradients longer than this (L2 norm of all together) are shortened to it. None: never."""
-    seed: int = 0
-    """Of the initial weights, the order of the batches, dropout and zoneout."""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """Where to compute. auto: a GPU if there is one."""
-    amp: Literal["bf16"] | None = None
-    """bf16: train in mixed precision. Evaluation is always in float32."""
-    compile: bool = False
-    """Compile the models with torch.compile: minutes at the start, faster steps on a GPU."""
-    checkpoint_minutes: float = 10.0
-    """Minutes between checkpoints inside an epoch; there is always one at its end."""
-
-    def check(self) -> None:
-        """Raises InputError: a setting that is out of range or that this machine does not have."""
-        for name in ("epochs", "lr", "lr_decay"):
-            check_range(name, getattr(self, name), above=0)
-        for name in ("lr_decay_after", "weight_decay", "checkpoint_minutes", "seed"):
-            check_range(name, getattr(self, name), low=0)
-        check_range("warmup", self.warmup, low=0, high=1)
-        if self.clip is not None:
-            check_range("clip", self.clip, above=0)
-        here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-        if not here.get(self.device, True):
-            raise InputError(f"--device {self.device}: this machine has none that PyTorch can use; take auto or cpu")
-
-    def learning_rate(self, step: int, steps_per_epoch: int) -> float:
-        """The learning rate of a step, counted from 0."""
-        if self.schedule == "one-cycle":
-            done = (step + 0.5) / (self.epochs * steps_per_epoch)  # 0 to 1
-            if done < self.warmup:
-                return self.lr * done / self.warmup
-            return self.lr * 0.5 * (1 + math.cos(math.pi * (done - self.warmup) / (1 - self.warmup)))
-        if self.schedule == "decay":
-            return self.lr * self.lr_decay ** max(0, step // steps_per_epoch - self.lr_decay_after + 1)
-        return self.lr
-
-
-def check_range(
-    name: str, value: float, *, low: float = -math.inf, high: float = math.inf, above: float = -math.inf
-) -> None:
-    """Raises InputError: unless low <= value <= high and value > above; NaN is never in range."""
-    if not (low <= value <= high and value > above):
-        limits = [f"more than {above:g}"] * (above > -math.inf) + [f"at least {low:g}"] * (low > -math.inf)
-        limits += [f"at most {high:g}"] * (high < math.inf)
-        raise InputError(f"--{name.replace('_', '-')} {value}: {' and '.join(limits)} expected")
 
 
 @dataclass
@@ -171,6 +101,14 @@ class StopSignal:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
+
+
+def agree(accelerator: Accelerator, *wishes: bool) -> tuple[bool, ...]:
+    """What any process wishes, all do."""
+    if accelerator.num_processes == 1:
+        return wishes
+    votes = torch.tensor(wishes, dtype=torch.float32, device=accelerator.device)
+    return tuple(bool(vote) for vote in accelerator.reduce(votes, "sum"))
 
 
 class Trainer:
@@ -258,6 +196,7 @@ class Trainer:
             initial=self.progress.step,
             desc=label,
             unit="step",
+            mininterval=0.5 if sys.stderr.isatty() else 60,
             disable=not self.accelerator.is_main_process,
         ) as self._bar:
             return self._epochs(folder, evaluate, stop)
@@ -275,7 +214,7 @@ class Trainer:
                     self._log_window()
                 if logging or self.accelerator.num_processes == 1:
                     due = logging and time.perf_counter() - saved > 60 * self.settings.checkpoint_minutes
-                    stopping, due = self._agree(stop.requested, due)
+                    stopping, due = agree(self.accelerator, stop.requested, due)
                     if stopping or due:
                         self._save(folder)
                         saved = time.perf_counter()
@@ -285,13 +224,6 @@ class Trainer:
             saved = time.perf_counter()
         return Outcome(progress, interrupted_loss=None)
 
-    def _agree(self, *wishes: bool) -> tuple[bool, ...]:
-        """What any process wishes, all do."""
-        if self.accelerator.num_processes == 1:
-            return wishes
-        votes = torch.tensor(wishes, dtype=torch.float32, device=self.device)
-        return tuple(bool(vote) for vote in self.accelerator.reduce(votes, "sum"))
-
     def _end_epoch(self, folder: Path, evaluate: Callable[[nn.Module], float]) -> None:
         progress = self.progress
         self.read_steps()
@@ -299,6 +231,8 @@ class Trainer:
         progress.epoch_loss, progress.epoch_items, progress.batch, self.carried = 0.0, 0, 0, None
         progress.epoch += 1
         valid_loss = evaluate(self.model)
+        if not math.isfinite(valid_loss):
+            raise TrainingError(f"stopped after epoch {progress.epoch}: validation loss {valid_loss:g}; {ADVICE}")
         self._training_since = time.perf_counter()
         self._write(epoch=progress.epoch, step=progress.step, train_loss=train_loss, valid_loss=valid_loss)
         if valid_loss < progress.best_loss:
@@ -325,10 +259,8 @@ class Trainer:
         for age, (loss, items, norm) in enumerate(steps):
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 step = progress.step - len(steps) + age + 1
-                raise TrainingError(
-                    f"step {step} (epoch {progress.epoch + 1}): loss {loss / items:g}, gradient norm {norm:g}; stopped, "
-                    "the last good checkpoint is kept; a lower --lr or --clip may help, under another --name"
-                )
+                what = f"loss {loss / items:g}, gradient norm {norm:g}"
+                raise TrainingError(f"stopped at step {step}, epoch {progress.epoch + 1}: {what}; {ADVICE}")
             progress.epoch_loss += loss
             progress.epoch_items += int(items)
             progress.items += int(items)
@@ -345,7 +277,9 @@ class Trainer:
         self._write(step=progress.step, epoch=epoch, loss=loss, learning_rate=rate, gradient_norm=norm)
         progress.window = []
         speed = progress.items / progress.seconds
-        self._bar.set_postfix_str(f"loss {loss:.3f}, perplexity {perplexity(loss):.1f}, {speed:,.0f} tokens/s", refresh=False)
+        self._bar.set_postfix_str(
+            f"loss {loss:.3f}, perplexity {perplexity(loss):.1f}, {speed:,.0f} tokens/s", refresh=False
+        )
 
     def _write(self, **line: float) -> None:
         if self.accelerator.is_main_process:
@@ -357,9 +291,11 @@ class Trainer:
     def _save(self, folder: Path) -> None:
         self.read_steps()
         progress = self.progress
+        if not all(bool(parameter.isfinite().all()) for parameter in self.model.parameters()):
+            raise TrainingError(f"stopped at step {progress.step}: weights are not finite; {ADVICE}")
         progress.wall_seconds += time.perf_counter() - self._wall_since
         progress.peak_memory = max(progress.peak_memory, peak_memory(self.device))
-        ranks = gather_object([{"generators": generator_states(self.device), "carried": self.carried}])
+        ranks = gather_object([{"generators": generator_states(self.device), "carried": moved(self.carried, "cpu")}])
         if self.accelerator.is_main_process:
             with open(self._log, "ab") as log:
                 os.fsync(log.fileno())  # the checkpoint counts on the lines before it
@@ -444,9 +380,8 @@ def perplexity(loss: float) -> float:
 
 
 def seconds_per_item(model: nn.Module, step: Step, batches: Batches, settings: Settings, steps: int = 4) -> float:
-    """Seconds a training item takes, from a few real steps of a copy: the model and the generators stay as they are."""
-    generators = generator_states(next(model.parameters()).device)
-    trainer = Trainer(copy.deepcopy(model), step, batches, settings)
+    """Seconds that an item takes in training, from a few real steps, which change the model: give one to throw away."""
+    trainer = Trainer(model, step, batches, settings)
     first, *rest = islice(batches.epoch(0), steps + 1)
     trainer.update(first)  # slower than the others: memory, compilation
     trainer.read_steps()
@@ -454,7 +389,6 @@ def seconds_per_item(model: nn.Module, step: Step, batches: Batches, settings: S
     for batch in rest or [first]:
         trainer.update(batch)
     trainer.read_steps()
-    set_generator_states(generators)
     return trainer.progress.seconds / trainer.progress.items
 
 
@@ -468,7 +402,7 @@ def detached(carried: Carried) -> Carried:
     return None if carried is None else carried.detach()
 
 
-def moved(carried: Carried, device: torch.device) -> Carried:
+def moved(carried: Carried, device: torch.device | str) -> Carried:
     """On the device."""
     if isinstance(carried, tuple):
         return tuple(moved(part, device) for part in carried)
