@@ -27,6 +27,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
 from synthetic import EOS, perplexity_floor, sample_sentences
@@ -362,8 +363,7 @@ class SentenceBatches:
             rng.shuffle(batches)
         for batch in batches:
             targets = pad_sequence([self.sequences[i] for i in batch], batch_first=True, padding_value=IGNORE)  # (B, T)
-            inputs = targets.roll(1, dims=1).clamp(min=EOS_ID)  # padding becomes EOS
-            inputs[:, 0] = EOS_ID
+            inputs = pad(targets[:, :-1], (1, 0), value=EOS_ID).clamp(min=EOS_ID)  # padding becomes EOS
             yield Batch(inputs, targets)
 
 

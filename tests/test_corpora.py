@@ -288,6 +288,7 @@ def test_vocabulary_is_the_most_frequent_words_in_an_order_that_does_not_depend_
     assert vocabulary_of(text[::-1]) == vocabulary_of(text)
     assert vocabulary_of(text, 4) == [EOS, UNK, "c", "a"]
     assert vocabulary_of(iter(text), 6) == vocabulary_of(text)
+    assert vocabulary_of([list("zyxwvutsrqponmlkjihgfedcba")]) == [EOS, UNK, *"abcdefghijklmnopqrstuvwxyz"]
 
 
 def test_words_are_counted_as_the_model_will_see_them():
