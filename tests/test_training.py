@@ -29,6 +29,15 @@ IDS = encode(TOKENIZER, TEXT)
 WORDS = TOKENIZER.get_vocab_size()
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Models this small are slower on more, most of all on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 class StopAfter:
     """A `StopSignal` that comes at the given look."""
 
@@ -329,6 +338,6 @@ def test_compile_keeps_the_names_of_the_weights(tmp_path, kind):
     compiled = train(tmp_path / "compiled", kind=kind, settings=settings)
     plain = model(kind).state_dict()
     assert list(compiled.model.state_dict()) == list(plain)
-    assert list(load_checkpoint(tmp_path / "compiled", "best")[0]).sort() == list(plain).sort()
+    assert set(load_checkpoint(tmp_path / "compiled", "best")[0]) == set(plain)
     first = log(tmp_path / "compiled")[0]["loss"]
     assert first == pytest.approx(math.log(WORDS), rel=0.05) and log(tmp_path / "compiled")[-1]["train_loss"] < first
