@@ -441,7 +441,7 @@ class QRNNLayer(nn.Module):
         if x.dim() != 3 or x.shape[2] != self.input_size:
             raise ValueError(f"x: shape {tuple(x.shape)} given, (B, T, {self.input_size}) expected")
         device = x.device.type
-        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        autocast = device != "meta" and torch.is_autocast_enabled(device)  # which knows no "meta"
         _check_like("x", x, "the layer's parameters", self.weight.device, None if autocast else self.weight.dtype)
         if state is None:
             return
