@@ -1,12 +1,12 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo test lint results
+.PHONY: demo test lint results notebooks book
 
-demo: .venv/installed  ## both models on the synthetic language, a few minutes on a CPU
+demo: .venv/installed  ## both models on the artificial language
 	$(BIN)/python experiment.py --preset demo
 
-test: .venv/installed lint  ## the whole suite
+test: lint  ## the whole suite
 	$(BIN)/python -m pytest
 
 lint: .venv/installed
@@ -15,6 +15,12 @@ lint: .venv/installed
 
 results: .venv/installed  ## bring results/*.json into the README
 	$(BIN)/python results/readme.py
+
+notebooks: .venv/installed  ## run both again in place; QRNN_DATA names the folder that holds wikitext-2/
+	$(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False derivation.ipynb data_prep.ipynb
+
+book: .venv/installed  ## both as pages that need no network, in build/book/
+	$(BIN)/python book.py derivation.ipynb data_prep.ipynb
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
