@@ -260,7 +260,7 @@ def announce(config: Config, data: Data, accelerator: Accelerator) -> None:
             f"{1 / step:,.0f} tokens/s, about {describe_time(seconds)} from the beginning"
         )
     accelerator.print(f"The whole run will take about {describe_time(total)}; {config.folder} is its folder.")
-    if accelerator.device.type == "cpu" and total > PATIENCE_HOURS * 3600:
+    if accelerator.device.type == "cpu" and total > PATIENCE_HOURS * 3600 and config.preset not in ("small", "demo"):
         accelerator.print("That is long: it is meant for a GPU. --preset small takes about 45 minutes on 2 CPU cores.")
 
 
@@ -380,10 +380,16 @@ def parse(arguments: Sequence[str]) -> Config:
     except SystemExit as stopped:
         if not stopped.code:
             raise  # --help
-        lines = [line.strip("│ ") for line in message.getvalue().splitlines() if line.startswith("│")]
-        raise InputError(" ".join(itertools.takewhile(lambda line: not line.startswith("─"), lines))) from None
+        raise InputError(_without_box(message.getvalue())) from None
     config.check()
     return config
+
+
+def _without_box(message: str) -> str:
+    """What tyro says in its box, between the title and the hint at --help, in one line."""
+    lines = (line.strip("╭╮╰╯│─ ") for line in message.splitlines())
+    _, *inside = (line for line in lines if line.strip("-"))
+    return " ".join(itertools.takewhile(lambda line: not line.startswith("For full helptext"), inside))
 
 
 def main(arguments: Sequence[str]) -> int:

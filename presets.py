@@ -13,27 +13,32 @@ RUNS = Path("runs")
 
 
 @dataclass(frozen=True)
-class Config(Settings):
-    """Train a QRNN and an LSTM on the same text in the same way, and compare them.
-
-    A preset sets everything; each flag changes one thing. Everything about a run goes to runs/NAME: report.md is the
-    comparison. Without a GPU start with --preset demo (3 minutes), then --preset small (45 minutes on 2 cores).
-    """
+class Comparison:
+    """What is compared: models and text."""
 
     preset: Literal["girrbach", "bradbury", "small", "demo"] = "girrbach"
-    """girrbach: WikiText-2 as in the log-space QRNN repository; hours without a GPU. bradbury: the Penn Treebank as in
-    the QRNN paper; hours without a GPU. small: WikiText-2 in 45 minutes on 2 CPU cores. demo: an artificial language
-    whose best possible perplexity is known; 3 minutes."""
+    """Where all other flags start from.
+    demo: an artificial language whose best possible perplexity is known; 3 minutes.
+    small: WikiText-2, small models; 45 minutes on 2 CPU cores.
+    girrbach: WikiText-2 as in the log-space QRNN repository; for a GPU.
+    bradbury: the Penn Treebank as in the QRNN paper; for a GPU."""
     models: tuple[Literal["qrnn", "lstm"], ...] = ("qrnn", "lstm")
     """Which models to train, in this order."""
+    name: str | None = None
+    """Name of the run: its folder is runs/NAME. None: PRESET-SEED, for example demo-0."""
+    resume: bool = False
+    """Go on with a run that was stopped or killed. Give the same flags as before."""
+    generate: str | None = None
+    """Do not train: let the best models of the run NAME continue this text."""
 
     corpus: Literal["wikitext-2", "ptb", "text", "synthetic"] = "wikitext-2"
     """What to train on. text: your own, train.txt, valid.txt and test.txt in the folder --data."""
     data: Path | None = None
     """Folder with the corpus. None: where it was downloaded before, or download it (wikitext-2)."""
     protocol: Literal["sentence", "stream"] = "sentence"
-    """sentence: lower-cased sentences, each read on its own. stream: one long text, the models remember what came
-    before; published perplexities are of this kind. Perplexities of different protocols cannot be compared."""
+    """The perplexities of one cannot be compared with those of the other.
+    sentence: lower-cased sentences, each read on its own.
+    stream: one long text, the models remember what came before, as in published numbers."""
     vocabulary: int | None = 10_000
     """How many different words to know, the most frequent ones; others count as <unk>. None: all."""
     batch_size: int = 32
@@ -48,8 +53,7 @@ class Config(Settings):
     layers: int = 2
     """Recurrent layers of either model."""
     match: bool = True
-    """Choose the LSTM's width such that its recurrent layers have as many parameters as the QRNN's. --no-match: the
-    same width."""
+    """Give the LSTM as many recurrent parameters as the QRNN. --no-match: the same width."""
     kernel_size: int = 5
     """QRNN: how many words each step sees, itself and those before it."""
     mode: Literal["f", "fo", "ifo"] = "fo"
@@ -69,12 +73,14 @@ class Config(Settings):
     tied: bool = False
     """Use the word vectors as the weights of the softmax too."""
 
-    name: str | None = None
-    """Name of the run: its folder is runs/NAME. None: PRESET-SEED."""
-    resume: bool = False
-    """Go on with a run that was stopped or killed, from its last checkpoint. Give the same flags as before."""
-    generate: str | None = None
-    """Do not train: continue this text with the best model of each kind in the folder of the run."""
+
+@dataclass(frozen=True)
+class Config(Settings, Comparison):  # in --help the fields of the last base come first
+    """Train a QRNN and an LSTM on the same text in the same way, and compare them.
+
+    A preset sets everything, each flag changes one thing. The comparison and all else goes to runs/NAME.
+    Without a GPU start with --preset demo (3 minutes), then --preset small (45 minutes on 2 CPU cores).
+    """
 
     def check(self) -> None:
         """Raises InputError: a value out of range."""
@@ -87,8 +93,10 @@ class Config(Settings):
             check_range("vocabulary", self.vocabulary, low=3)  # <eos>, <unk> and a word
         if not self.models or len(set(self.models)) < len(self.models):
             raise InputError(f"--models {' '.join(self.models)}: one or two different ones expected")
-        if not re.fullmatch(r"[\w.-]*\w[\w.-]*", self.folder.name):
-            raise InputError(f"--name {self.name}: letters, digits, points, dashes and underscores expected")
+        if self.name is not None and not re.fullmatch(r"\w[\w.-]*", self.name):
+            raise InputError(
+                f"--name {self.name}: letters, digits and underscores expected, later points and dashes too"
+            )
 
     @property
     def folder(self) -> Path:

@@ -13,6 +13,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.ticker import LogFormatter
 
 from checkpoint import write_file
 from machine import provenance
@@ -191,6 +192,8 @@ def draw_curves(logs: dict[str, list[dict[str, float]]], floor: dict[str, float]
             axis.axhline(floor["valid"], color="black", linestyle=":", label="best possible")
         if y != "learning_rate":
             axis.set_yscale("log")
+            axis.yaxis.set_major_formatter(LogFormatter())
+            axis.yaxis.set_minor_formatter(LogFormatter())
         axis.set(xlabel=x_label, ylabel=y_label)
         axis.grid(which="both", alpha=0.3)
         axis.legend()
