@@ -64,6 +64,7 @@ class QRNN(nn.Module):
             raise ValueError(f"num_layers: {num_layers!r} given, a whole number of at least 1 expected")
         if not 0 <= dropout <= 1:
             raise ValueError(f"dropout: {dropout!r} given, a probability from 0 to 1 expected")
+        self.input_size, self.hidden_size = input_size, hidden_size
         self.num_layers, self.batch_first = num_layers, batch_first
         self.layers = nn.ModuleList(
             QRNNLayer(
@@ -95,11 +96,12 @@ class QRNN(nn.Module):
         Raises:
             ValueError: a wrong rank, size, dtype or device.
         """
-        if hx is not None and (len(hx[0]) != self.num_layers or len(hx[1]) != self.num_layers):
-            raise ValueError(
-                f"hx: c of {len(hx[0])} and window of {len(hx[1])} layers given, {self.num_layers} of each expected"
-            )
-        h = x if self.batch_first or x.dim() != 3 else x.transpose(0, 1)
+        if x.dim() != 3 or x.shape[2] != self.input_size:
+            layout = "B, T" if self.batch_first else "T, B"
+            raise ValueError(f"x: shape {tuple(x.shape)} given, ({layout}, {self.input_size}) expected")
+        if hx is not None and (not isinstance(hx, tuple) or [len(part) for part in hx] != [self.num_layers] * 2):
+            raise ValueError(f"hx: not the state of {self.num_layers} layers; pass on what the last call returned")
+        h = x if self.batch_first else x.transpose(0, 1)
         states = []
         for index, layer in enumerate(self.layers):
             if index > 0:

@@ -72,15 +72,14 @@ def _log(log_f: Tensor, x: Tensor, h0: Tensor, positive: bool) -> Tensor:
 def _blocked(log_f: Tensor, x: Tensor, h0: Tensor, positive: bool, block_size: int) -> Tensor:
     """The closed form inside blocks of time steps, in float64, and the odd-even scan from block to block.
 
-    float64, because a float32 log of size |c| is off by eps |c|: one hard reset (log f = -87) costs 1e-5 already.
+    float64, because a float32 log of size |c| is off by eps |c|: a hard reset (log f = -87 or less) costs 1e-5 already.
     """
     length = x.shape[1]
     block_size = min(block_size, length)
     shape = (x.shape[0], -(-length // block_size), block_size, x.shape[2])
     fill = (0, 0, 0, shape[1] * block_size - length)
-    h, c = _closed_form_of_any_sign(
-        F.pad(log_f, fill).double().view(shape), F.pad(x, fill).double().view(shape), positive, log_f.dtype
-    )  # (B, blocks, block_size, H), as if every block started from 0
+    f_blocks, x_blocks = (F.pad(array, fill).double().view(shape) for array in (log_f, x))
+    h, c = _closed_form_of_any_sign(f_blocks, x_blocks, positive)  # as if every block started from 0
     decay = c.exp()
     ends = _scan(decay[:, :, -1], h[:, :, -1], h0.double())  # (B, blocks, H), the true state after each block
     starts = torch.cat([h0.double().unsqueeze(1), ends[:, :-1]], dim=1)
@@ -88,12 +87,10 @@ def _blocked(log_f: Tensor, x: Tensor, h0: Tensor, positive: bool, block_size: i
     return h.reshape(shape[0], shape[1] * block_size, shape[3])[:, :length].to(x.dtype)
 
 
-def _closed_form_of_any_sign(
-    log_f: Tensor, x: Tensor, positive: bool, range_of: torch.dtype | None = None
-) -> tuple[Tensor, Tensor]:
-    """Split x into x+ - x-, pool both halves at once, subtract. A gate of 0 counts as the smallest number of its dtype:
-    in logs -inf - (-inf) would be NaN."""
-    log_f = log_f.clamp(min=math.log(torch.finfo(range_of or log_f.dtype).tiny))
+def _closed_form_of_any_sign(log_f: Tensor, x: Tensor, positive: bool) -> tuple[Tensor, Tensor]:
+    """Split x into x+ - x-, pool both halves at once, subtract. A gate of 0 counts as the smallest number of its dtype,
+    1e-38 in float32 and 1e-308 in float64: in logs -inf - (-inf) would be NaN."""
+    log_f = log_f.clamp(min=math.log(torch.finfo(log_f.dtype).tiny))
     if positive:
         log_h, c = closed_form(log_f, x.log())
         return log_h.exp(), c
@@ -109,14 +106,15 @@ def _scan(f: Tensor, x: Tensor, h0: Tensor) -> Tensor:
 
 
 def _scan_into(h: Tensor, f: Tensor, x: Tensor, h0: Tensor) -> None:
+    """Write the states into h, which is a view of every 2nd, 4th, 8th, ... step of the result. Steps count from 0."""
     length = x.shape[1]
     h[:, 0] = torch.addcmul(x[:, 0], f[:, 0], h0)
-    if (
-        length > 1
-    ):  # two steps in one: h_{t+1} = (f_{t+1} f_t) h_{t-1} + (x_{t+1} + f_{t+1} x_t), a sequence half as long
-        f_odd, pairs = f[:, 1::2], slice(0, length - 1, 2)
-        _scan_into(h[:, 1::2], f_odd * f[:, pairs], torch.addcmul(x[:, 1::2], f_odd, x[:, pairs]), h0)
-    if length > 2:  # the steps between, each from its neighbour
+    if length > 1:
+        # The odd steps are a recurrence of their own, half as long: h_t = f_t f_{t-1} h_{t-2} + (x_t + f_t x_{t-1}).
+        f_odd, even = f[:, 1::2], slice(0, length - 1, 2)
+        _scan_into(h[:, 1::2], f_odd * f[:, even], torch.addcmul(x[:, 1::2], f_odd, x[:, even]), h0)
+    if length > 2:
+        # The even steps follow, each from the odd one before it.
         h[:, 2::2] = torch.addcmul(x[:, 2::2], f[:, 2::2], h[:, 1 : length - 1 : 2])
 
 
@@ -148,7 +146,7 @@ class _Pool(torch.autograd.Function):
     def setup_context(ctx, inputs, output) -> None:
         log_f, _, h0, ctx.method, ctx.block_size, _ = inputs
         ctx.save_for_backward(log_f, h0, output)
-        ctx.save_for_forward(log_f, h0, output)
+        ctx.save_for_forward(log_f, h0, output)  # for `jvp`
 
     @staticmethod
     def backward(ctx, grad):
@@ -214,12 +212,14 @@ def pool(
 
     Args:
         log_f: (B, T, H), any floating dtype; logs of the forget gates, <= 0. -inf is a gate of exactly 0: a hard reset.
-        log_x: (B, T, H), same dtype and device; logs of what enters. -inf: nothing enters.
+        log_x: (B, T, H), same dtype and device; logs of what enters, from -87 to 88 in float32, where exp(log_x) is a
+            normal number. -inf: nothing enters.
         h0: (B, H), same dtype and device, any sign; the state before the first step. Default: zeros.
         method: how to compute it. All give the same h and the same gradients up to rounding, and stay finite.
             "loop": the definition, step by step.
-            "log": `closed_form` over the whole sequence. Its relative error, 4 eps (max |c_t| + max |log_x_t|) with c_t
-            the sum of log_f up to t, grows with T, and fast when the gates forget.
+            "log": `closed_form` over the whole sequence. Its relative error is about eps |c_t|, at most
+            4 eps (max |c_t| + max |log_x_t|), c_t the sum of log_f up to t: it grows with T, most where gates forget.
+            A gate of 0 lets 1e-38 of the state before it through, in float32.
             "blocked": `closed_form` inside blocks, in float64: 1e-5 for any T, hard resets included.
             "scan": odd-even scan in linear space: 5e-6 for any T.
             "auto": "blocked" on CUDA, "scan" elsewhere and under `torch.use_deterministic_algorithms(True)`, because
@@ -386,11 +386,11 @@ class QRNNLayer(nn.Module):
         """Run the layer over T steps.
 
         Args:
-            x: (B, T, F), in the dtype of the parameters; any dtype under autocast.
+            x: (B, T, F), in the dtype of the parameters; under autocast also bfloat16, float16 or float32.
             state: what an earlier call returned: the steps of x then follow those of that call. Default: zeros.
             lengths: (B,) whole numbers from 0 to T, on any device: only the first `lengths[b]` steps of x[b] are real.
                 Padding moves no state, its content (NaN even) is never seen, and its output is 0. The range is checked
-                for lengths on the CPU; looking at others would make the GPU wait.
+                for lengths on the CPU in eager mode; elsewhere the check would make a GPU wait.
 
         Returns:
             h, (B, T, H), and the state after the last real step of each sequence.
@@ -408,7 +408,7 @@ class QRNNLayer(nn.Module):
             padding = (torch.arange(time, device=x.device) >= lengths.unsqueeze(1)).unsqueeze(2)  # (B, T, 1)
             x = x.masked_fill(padding, 0)
 
-        seen = torch.cat([state.window, x], dim=1)  # (B, K-1+T, F)
+        seen = torch.cat([state.window.to(x.dtype), x], dim=1)  # (B, K-1+T, F)
         taps = torch.cat([seen[:, k : k + time] for k in range(self.kernel_size)], dim=2)  # (B, T, K*F)
         projection = F.linear(taps, self.weight, self.bias)  # (B, T, MODES*H), all gates in one matrix product
         blocks = projection.to(_at_least_float32(projection.dtype)).chunk(MODES[self.mode], dim=2)
@@ -442,11 +442,19 @@ class QRNNLayer(nn.Module):
             raise ValueError(f"x: shape {tuple(x.shape)} given, (B, T, {self.input_size}) expected")
         device = x.device.type
         autocast = device != "meta" and torch.is_autocast_enabled(device)  # which knows no "meta"
-        _check_like("x", x, "the layer's parameters", self.weight.device, None if autocast else self.weight.dtype)
+        any_dtype = autocast and x.dtype != torch.float64  # autocast leaves float64 alone
+        _check_like("x", x, "the layer's parameters", self.weight.device, None if any_dtype else self.weight.dtype)
         if state is None:
             return
+        if not isinstance(state, tuple) or len(state) != 2:
+            raise ValueError(
+                f"state: {type(state).__name__} of length {len(state)} given, QRNNState(c, window) expected"
+            )
         wanted = {"c": (x.shape[0], self.hidden_size), "window": (x.shape[0], self.kernel_size - 1, self.input_size)}
-        dtypes = {"c": _at_least_float32(x.dtype), "window": None if autocast else x.dtype}
+        dtypes = {
+            "c": _at_least_float32(x.dtype),
+            "window": None,
+        }  # a window may come from inside autocast, or go there
         for name, array in zip(wanted, state, strict=True):
             if tuple(array.shape) != wanted[name]:
                 raise ValueError(f"state.{name}: shape {tuple(array.shape)} given, {wanted[name]} expected")
@@ -462,10 +470,10 @@ def _check_choice(name: str, given: str, choices: tuple[str, ...]) -> None:
 
 
 def _check_like(name: str, array: Tensor, like: str, device: torch.device, dtype: torch.dtype | None) -> None:
-    if not array.is_floating_point() or (dtype is not None and array.dtype != dtype):
-        raise ValueError(
-            f"{name}: dtype {array.dtype} given, {dtype or 'a floating dtype'} expected, to go with {like}"
-        )
+    if not array.is_floating_point():
+        raise ValueError(f"{name}: dtype {array.dtype} given, a floating dtype expected")
+    if dtype is not None and array.dtype != dtype:
+        raise ValueError(f"{name}: dtype {array.dtype} given, {dtype} expected, to go with {like}")
     if array.device != device:
         raise ValueError(f"{name}: device {array.device} given, {device} expected, where {like} is")
 
@@ -505,9 +513,10 @@ def _check_values(name: str, array: Tensor, limit: float | None) -> None:
 
 def _check_lengths(lengths: Tensor | Sequence[int], batch_size: int, time: int) -> Tensor:
     lengths = torch.as_tensor(lengths)
-    if lengths.dtype not in (torch.int64, torch.int32) or tuple(lengths.shape) != (batch_size,):
+    whole = not (lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool)
+    if not whole or tuple(lengths.shape) != (batch_size,):
         raise ValueError(
-            f"lengths: shape {tuple(lengths.shape)} of {lengths.dtype} given, ({batch_size},) of torch.int64 expected"
+            f"lengths: shape {tuple(lengths.shape)} of {lengths.dtype} given, ({batch_size},) of whole numbers expected"
         )
     looked_at = lengths.device.type == "cpu" and not torch.compiler.is_compiling()
     if looked_at and not bool(((lengths >= 0) & (lengths <= time)).all()):

@@ -121,7 +121,7 @@ def table_row(result: dict[str, Any]) -> list[str]:
         f"{result['hidden']:,}",
         f"{result['recurrent_parameters']:,}",
         f"{result['parameters']:,}",
-        f"{result['best_epoch']:.4g}",
+        f"{result['best_epoch']:.3g}",
         f"{result['valid_perplexity']:.2f}",
         "not read" if test is None else f"{test:.2f}",
         f"{result['tokens_per_second']:,.0f}",
@@ -156,6 +156,8 @@ def markdown(content: dict[str, Any], table: str) -> str:
         "",
         "![curves](curves.png)",
     ]
+    if len(content["models"]) > 1:
+        lines += ["", "The samples below come from the same random draws."]
     for result in content["models"]:
         lines += ["", f"## A sample of the {NAMES[result['model']]}", "", "```text", result["sample"], "```"]
     gpu = f", {machine['gpu']}" if machine["gpu"] else ""

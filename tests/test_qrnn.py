@@ -106,10 +106,12 @@ def test_other_precisions(dtype):
         (lambda: QRNN(4, 6, 0), "num_layers: 0 given"),
         (lambda: QRNN(4, 6, dropout=2), "dropout: 2 given, a probability"),
         (lambda: QRNN(4, 6, mode="of"), "mode: 'of' given"),
+        (lambda: QRNN(4, 6)(torch.zeros(5, 1, 4), torch.zeros(2, 1, 6)), "hx: not the state of 1"),
+        (lambda: QRNN(4, 6)(torch.zeros(5, 1, 3)), r"x: shape \(5, 1, 3\) given, \(T, B, 4\) expected"),
         (lambda: QRNN(4, 6)(torch.zeros(5, 4)), r"x: shape \(5, 4\) given"),
         (
             lambda: QRNN(4, 6, 2)(torch.zeros(5, 1, 4), QRNN(4, 6)(torch.zeros(5, 1, 4))[1]),
-            "hx: c of 1 and window of 1",
+            "hx: not the state of 2",
         ),
         (
             lambda: QRNN(4, 6)(torch.zeros(5, 1, 4), QRNNStackState(torch.zeros(1, 2, 6), (torch.zeros(1, 1, 4),))),

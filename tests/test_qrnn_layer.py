@@ -137,6 +137,14 @@ def test_resets_missing_inputs_and_saturated_gates(method, what, share):
             assert relative(g, w) < GRADIENT_BOUND, name
 
 
+@pytest.mark.parametrize("method", ("loop", "blocked", "scan"))
+def test_a_hard_reset_forgets_even_huge_states(method):
+    log_f, log_x = torch.zeros(1, 100, 1), torch.zeros(1, 100, 1)
+    log_f[:, 50], log_x[:, 49] = -INF, 80.0
+    h = pool(log_f, log_x, method=method)
+    torch.testing.assert_close(h[0, 50:, 0], torch.arange(1.0, 51.0), rtol=1e-6, atol=0)
+
+
 @every_method
 def test_without_h0_it_starts_from_zeros(method):
     log_f, log_x, _, h0 = make(9)
@@ -388,7 +396,7 @@ GOOD = torch.zeros(2, 5, 3)
         (lambda: pool(GOOD, GOOD[:, :4]), r"log_x: shape \(2, 4, 3\) given, \(B, T, H\) = \(2, 5, 3\) expected"),
         (lambda: pool(GOOD, GOOD, GOOD[:, 0, :2]), r"h0: shape \(2, 2\) given, \(B, H\) = \(2, 3\) expected"),
         (lambda: pool(GOOD, GOOD.double()), r"log_x: dtype torch.float64 given, torch.float32 expected"),
-        (lambda: pool(GOOD.long(), GOOD.long()), r"log_f: dtype torch.int64 given, torch.int64 expected|floating"),
+        (lambda: pool(GOOD.long(), GOOD.long()), "log_f: dtype torch.int64 given, a floating dtype expected"),
         (lambda: pool(GOOD, GOOD.to("meta")), r"log_x: device meta given, cpu expected"),
         (lambda: pool(GOOD, GOOD, method="fast"), r"method: 'fast' given, one of 'auto', 'loop'"),
         (lambda: pool(GOOD, GOOD, block_size=0), r"block_size: 0 given, a whole number of at least 1"),
@@ -622,6 +630,9 @@ def test_two_stacked_layers_under_autocast():
         layers[0](x, state)
     assert h.dtype == torch.bfloat16 and state.c.dtype == torch.float32
     assert relative(h, layers[1](layers[0](x)[0])[0].double()) < 4 * torch.finfo(torch.bfloat16).eps
+    layers[0](x, state)  # a state from inside is good outside
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(ValueError, match=r"x: dtype torch\.float64"):
+        layers[0](x.double())
     h.float().sum().backward()
     assert all(parameter.grad.isfinite().all() for parameter in layers.parameters())
 
@@ -682,6 +693,7 @@ STATE = QRNNState(torch.zeros(2, 6), torch.zeros(2, 1, 4))
         (lambda: QRNNLayer(4, 6)(X[:1], STATE), r"state.c: shape \(2, 6\) given, \(1, 6\) expected"),
         (lambda: QRNNLayer(4, 6, 3)(X, STATE), r"state.window: shape \(2, 1, 4\) given, \(2, 2, 4\) expected"),
         (lambda: QRNNLayer(4, 6)(X, QRNNState(STATE.c.double(), STATE.window)), "state.c: dtype torch.float64"),
+        (lambda: QRNNLayer(4, 6)(X, torch.zeros(2, 6)), "state: Tensor of length 2 given, QRNNState"),
         (lambda: QRNNLayer(4, 6)(X, lengths=[5]), r"lengths: shape \(1,\)"),
         (lambda: QRNNLayer(4, 6)(X, lengths=[5, 6]), r"lengths: \[5, 6\] given, numbers from 0 to T = 5"),
         (lambda: QRNNLayer(4, 6)(X, lengths=[5, -1]), r"lengths: \[5, -1\] given"),
