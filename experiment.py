@@ -261,7 +261,7 @@ def announce(config: Config, data: Data, accelerator: Accelerator) -> None:
         )
     accelerator.print(f"The whole run will take about {describe_time(total)}; {config.folder} is its folder.")
     if accelerator.device.type == "cpu" and total > PATIENCE_HOURS * 3600 and config.preset not in ("small", "demo"):
-        accelerator.print("That is long: it is meant for a GPU. --preset small takes about 45 minutes on 2 CPU cores.")
+        accelerator.print("That is long: it is meant for a GPU. --preset small takes about 50 minutes on 2 CPU cores.")
 
 
 def evaluation_seconds(model: LanguageModel, data: Data) -> float:
