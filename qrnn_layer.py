@@ -218,13 +218,13 @@ def pool(
         method: how to compute it. All give the same h and the same gradients up to rounding, and stay finite.
             "loop": the definition, step by step.
             "log": `closed_form` over the whole sequence. Its relative error is about eps |c_t|, at most
-            4 eps (max |c_t| + max |log_x_t|), c_t the sum of log_f up to t: it grows with T, most where gates forget.
-            A gate of 0 lets 1e-38 of the state before it through, in float32.
+            4 eps (1 + log T + max |c_t| + max |log_x_t|), c_t the sum of log_f up to t: it grows with T, most where
+            gates forget. A gate of 0 lets 1e-38 of the state before it through, in float32.
             "blocked": `closed_form` inside blocks, in float64: 1e-5 for any T, hard resets included.
             "scan": odd-even scan in linear space: 5e-6 for any T.
             "auto": "blocked" on CUDA, "scan" elsewhere and under `torch.use_deterministic_algorithms(True)`, because
-            CUDA's `cumsum` is not deterministic. On a CPU `logcumsumexp` is a scalar loop that makes the log forms many
-            times slower than "scan", and "scan" beats "loop" unless B * H is large: `benchmark.py` measures it.
+            CUDA's `cumsum` is not deterministic. On a CPU `logcumsumexp` is a scalar loop, and "scan" the fastest:
+            `benchmark.py` measures it.
         block_size: time steps a block, "blocked" only.
         check: also check values (a gate above 1, NaN, an infinite x), which makes a GPU wait. Unchecked, log_f > 0 is
             computed as it stands, as a recurrence that grows, and NaN and inf spread to later steps of their channel,

@@ -63,7 +63,8 @@ def bound(method, log_f, *log_x):
     if method == "log":
         c = log_f.clamp(min=math.log(torch.finfo(log_f.dtype).tiny)).double().cumsum(1)
         sizes = [array[array.isfinite()].abs() for array in log_x]
-        return 4 * eps * (c.abs().max().item() + sum(size.max().item() for size in sizes if len(size)))
+        largest = c.abs().max().item() + sum(size.max().item() for size in sizes if len(size))
+        return 4 * eps * (1 + math.log(log_f.shape[1]) + largest)
     return FORWARD_BOUND[method] if log_f.dtype == torch.float32 else 1e-11
 
 
