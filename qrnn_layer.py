@@ -279,6 +279,18 @@ def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def _autocasts(x: Tensor) -> bool:
+    """Whether autocast decides about the dtype of what is computed from x."""
+    device = x.device.type
+    # autocast knows no "meta", and leaves float64 alone
+    return device != "meta" and x.dtype != torch.float64 and torch.is_autocast_enabled(device)
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of a matrix product with x."""
+    return torch.get_autocast_dtype(x.device.type) if _autocasts(x) else x.dtype
+
+
 def _working_precision(*arrays: Tensor | None) -> list[Tensor]:
     """All arrays in at least float32; h0, the last, as zeros (B, H) if it is None."""
     *arrays, h0 = arrays
@@ -301,6 +313,24 @@ class QRNNState(NamedTuple):
     c: Tensor
     window: Tensor
 
+    def index_select(self, index: Tensor) -> QRNNState:
+        """The state of the sequences `index`, (N,) int64, of the batch: a beam search goes on with those it keeps."""
+        return QRNNState(self.c.index_select(0, index), self.window.index_select(0, index))
+
+
+class Cells(NamedTuple):
+    """What `QRNNLayer.cells` gives.
+
+    Attributes:
+        c: (B, T, H), the cell state after each step, 0 where padded; at least float32.
+        o: (B, T, H), the output gate, at least float32; None in the mode "f".
+        state: after the last real step of each sequence.
+    """
+
+    c: Tensor
+    o: Tensor | None
+    state: QRNNState
+
 
 class QRNNLayer(nn.Module):
     """One QRNN layer: a causal convolution over time gives the candidate and the gates, `pool` does the rest.
@@ -318,9 +348,12 @@ class QRNNLayer(nn.Module):
         activation: of the candidate: "softplus", "exp", "sigmoid", "relu", "tanh" (the paper's) or "identity".
         bias: whether the projection has a bias.
         method: how to pool, see `pool`.
+        causal: False centres the convolution: step t sees the inputs t - K // 2 ... t + (K - 1) // 2. For an encoder,
+            which is given whole sequences: such a layer takes no state.
         device, dtype: of the parameters.
 
     Raises:
+        TypeError: a size that is no whole number.
         ValueError: an argument out of range.
     """
 
@@ -335,20 +368,19 @@ class QRNNLayer(nn.Module):
         activation: str = "softplus",
         bias: bool = True,
         method: str = "auto",
+        causal: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         for name, size in (("input_size", input_size), ("hidden_size", hidden_size), ("kernel_size", kernel_size)):
-            if not isinstance(size, int) or size < 1:
-                raise ValueError(f"{name}: {size!r} given, a whole number of at least 1 expected")
-        if not 0 <= zoneout <= 1:
-            raise ValueError(f"zoneout: {zoneout!r} given, a probability from 0 to 1 expected")
+            check_size(name, size)
+        check_probability("zoneout", zoneout)
         _check_choice("mode", mode, tuple(MODES))
         _check_choice("activation", activation, tuple(ACTIVATIONS))
         _check_choice("method", method, ("auto", *METHODS))
         self.input_size, self.hidden_size, self.kernel_size = input_size, hidden_size, kernel_size
-        self.mode, self.zoneout, self.activation, self.method = mode, zoneout, activation, method
+        self.mode, self.zoneout, self.activation, self.method, self.causal = mode, zoneout, activation, method, causal
         rows = MODES[mode] * hidden_size
         self.weight = nn.Parameter(torch.empty(rows, kernel_size * input_size, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(rows, device=device, dtype=dtype)) if bias else None
@@ -370,7 +402,7 @@ class QRNNLayer(nn.Module):
         return (
             f"{self.input_size}, {self.hidden_size}, kernel_size={self.kernel_size}, mode={self.mode!r}, "
             f"zoneout={self.zoneout}, activation={self.activation!r}, bias={self.bias is not None}, "
-            f"method={self.method!r}"
+            f"method={self.method!r}, causal={self.causal}"
         )
 
     def initial_state(self, batch_size: int, like: Tensor) -> QRNNState:
@@ -381,7 +413,11 @@ class QRNNLayer(nn.Module):
         )
 
     def forward(
-        self, x: Tensor, state: QRNNState | None = None, lengths: Tensor | Sequence[int] | None = None
+        self,
+        x: Tensor,
+        state: QRNNState | None = None,
+        lengths: Tensor | Sequence[int] | None = None,
+        condition: Tensor | None = None,
     ) -> tuple[Tensor, QRNNState]:
         """Run the layer over T steps.
 
@@ -391,14 +427,27 @@ class QRNNLayer(nn.Module):
             lengths: (B,) whole numbers from 0 to T, on any device: only the first `lengths[b]` steps of x[b] are real.
                 Padding moves no state, its content (NaN even) is never seen, and its output is 0. The range is checked
                 for lengths on the CPU in eager mode; elsewhere the check would make a GPU wait.
+            condition: (B, rows of `weight`), added to the projection at every step: what the layer is told of another
+                sequence (V h of the paper's eq. 7; blocks in the order z, f, [i], [o]). Default: nothing.
 
         Returns:
             h, (B, T, H), and the state after the last real step of each sequence.
 
         Raises:
-            ValueError: a wrong rank, size, dtype, device or length.
+            ValueError: a wrong rank, size, dtype, device or length, or a state for a layer that is not causal.
         """
-        self._check_input(x, state)
+        c, o, state = self.cells(x, state, lengths, condition)
+        return (c if o is None else o * c).to(_autocast_dtype(x)), state
+
+    def cells(
+        self,
+        x: Tensor,
+        state: QRNNState | None = None,
+        lengths: Tensor | Sequence[int] | None = None,
+        condition: Tensor | None = None,
+    ) -> Cells:
+        """`forward` before the output gate is applied, for those who mix something in first, attention for example."""
+        self._check_input(x, state, condition)
         batch_size, time = x.shape[:2]
         if state is None:
             state = self.initial_state(batch_size, x)
@@ -409,9 +458,14 @@ class QRNNLayer(nn.Module):
             x = x.masked_fill(padding, 0)
 
         seen = torch.cat([state.window.to(x.dtype), x], dim=1)  # (B, K-1+T, F)
+        if not self.causal:
+            seen = F.pad(seen[:, (self.kernel_size - 1) // 2 :], (0, 0, 0, (self.kernel_size - 1) // 2))
         taps = torch.cat([seen[:, k : k + time] for k in range(self.kernel_size)], dim=2)  # (B, T, K*F)
         projection = F.linear(taps, self.weight, self.bias)  # (B, T, MODES*H), all gates in one matrix product
-        blocks = projection.to(_at_least_float32(projection.dtype)).chunk(MODES[self.mode], dim=2)
+        projection = projection.to(_at_least_float32(projection.dtype))
+        if condition is not None:
+            projection = projection + condition.unsqueeze(1)
+        blocks = projection.chunk(MODES[self.mode], dim=2)
         z, log_f = ACTIVATIONS[self.activation](blocks[0]), F.logsigmoid(blocks[1])
         i = torch.sigmoid(blocks[2] if self.mode == "ifo" else -blocks[1])  # 1 - f = sigmoid(-pre-activation)
 
@@ -423,10 +477,9 @@ class QRNNLayer(nn.Module):
             log_f, i = log_f.masked_fill(keep, 0), i.masked_fill(keep, 0)
 
         c = _recurrence(log_f, i * z, state.c, self.method, positive=self.activation not in SIGNED_ACTIVATIONS)
-        h = c if self.mode == "f" else torch.sigmoid(blocks[-1]) * c
-        if padding is not None:
-            h = h.masked_fill(padding, 0)
-        return h.to(projection.dtype), self._last_state(state.c, c, seen, lengths)
+        o = None if self.mode == "f" else torch.sigmoid(blocks[-1])
+        state = self._last_state(state.c, c, seen, lengths)
+        return Cells(c if padding is None else c.masked_fill(padding, 0), o, state)
 
     def _last_state(self, c0: Tensor, c: Tensor, seen: Tensor, lengths: Tensor | None) -> QRNNState:
         time = c.shape[1]
@@ -437,15 +490,21 @@ class QRNNLayer(nn.Module):
         states = torch.cat([c0.unsqueeze(1), c], dim=1)  # (B, 1+T, H): index t is the state after t steps
         return QRNNState(states[rows, lengths], seen[rows.unsqueeze(1), steps])
 
-    def _check_input(self, x: Tensor, state: QRNNState | None) -> None:
+    def _check_input(self, x: Tensor, state: QRNNState | None, condition: Tensor | None) -> None:
         if x.dim() != 3 or x.shape[2] != self.input_size:
-            raise ValueError(f"x: shape {tuple(x.shape)} given, (B, T, {self.input_size}) expected")
-        device = x.device.type
-        autocast = device != "meta" and torch.is_autocast_enabled(device)  # which knows no "meta"
-        any_dtype = autocast and x.dtype != torch.float64  # autocast leaves float64 alone
-        _check_like("x", x, "the layer's parameters", self.weight.device, None if any_dtype else self.weight.dtype)
+            raise ShapeError(f"x: shape {tuple(x.shape)} given, (B, T, {self.input_size}) expected")
+        dtype = None if _autocasts(x) else self.weight.dtype
+        _check_like("x", x, "the layer's parameters", self.weight.device, dtype)
+        if condition is not None:
+            if tuple(condition.shape) != (x.shape[0], len(self.weight)):
+                raise ShapeError(
+                    f"condition: shape {tuple(condition.shape)} given, {(x.shape[0], len(self.weight))} expected"
+                )
+            _check_like("condition", condition, "x", x.device, dtype)
         if state is None:
             return
+        if not self.causal:
+            raise ValueError("state: given to a layer with causal=False, which looks ahead: give it whole sequences")
         if not isinstance(state, tuple) or len(state) != 2:
             raise ValueError(
                 f"state: {type(state).__name__} of length {len(state)} given, QRNNState(c, window) expected"
@@ -457,11 +516,29 @@ class QRNNLayer(nn.Module):
         }  # a window may come from inside autocast, or go there
         for name, array in zip(wanted, state, strict=True):
             if tuple(array.shape) != wanted[name]:
-                raise ValueError(f"state.{name}: shape {tuple(array.shape)} given, {wanted[name]} expected")
+                raise ShapeError(f"state.{name}: shape {tuple(array.shape)} given, {wanted[name]} expected")
             _check_like(f"state.{name}", array, "x", x.device, dtypes[name])
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------
+
+
+class ShapeError(ValueError, RuntimeError):
+    """Tensors that do not fit. A RuntimeError too, which PyTorch's own layers raise: one `except` serves both."""
+
+
+def check_size(name: str, given: int) -> None:
+    """Raises TypeError: no whole number; ValueError: below 1."""
+    if not isinstance(given, int):
+        raise TypeError(f"{name}: {given!r} given, a whole number expected")
+    if given < 1:
+        raise ValueError(f"{name}: {given!r} given, a whole number of at least 1 expected")
+
+
+def check_probability(name: str, given: float) -> None:
+    """Raises ValueError: unless from 0 to 1."""
+    if isinstance(given, bool) or not 0 <= given <= 1:
+        raise ValueError(f"{name}: {given!r} given, a probability from 0 to 1 expected")
 
 
 def _check_choice(name: str, given: str, choices: tuple[str, ...]) -> None:
@@ -483,14 +560,14 @@ def _check_pool(
 ) -> None:
     log_f = arrays["log_f"]
     if log_f.dim() != 3:
-        raise ValueError(f"log_f: shape {tuple(log_f.shape)} given, three dimensions (B, T, H) expected")
+        raise ShapeError(f"log_f: shape {tuple(log_f.shape)} given, three dimensions (B, T, H) expected")
     for name, array in arrays.items():
         if array is None:
             continue
         shape = tuple(log_f.shape) if name != "h0" else (log_f.shape[0], log_f.shape[2])
         if tuple(array.shape) != shape:
             layout = "(B, T, H)" if name != "h0" else "(B, H)"
-            raise ValueError(f"{name}: shape {tuple(array.shape)} given, {layout} = {shape} expected, to go with log_f")
+            raise ShapeError(f"{name}: shape {tuple(array.shape)} given, {layout} = {shape} expected, to go with log_f")
         _check_like(name, array, "log_f", log_f.device, log_f.dtype)
     _check_choice("method", method, ("auto", *METHODS))
     if not isinstance(block_size, int) or block_size < 1:

@@ -666,8 +666,74 @@ def test_forget_bias_is_added_to_the_forget_gate_only():
     torch.testing.assert_close(layer.bias - plain, torch.tensor([0.0] * 6 + [2.0] * 6 + [0.0] * 12))
 
 
+def test_a_size_that_is_no_whole_number_is_a_type_error():
+    with pytest.raises(TypeError, match=r"hidden_size: 2.5 given, a whole number expected"):
+        QRNNLayer(4, 2.5)
+
+
 def test_repr_names_what_was_chosen():
     assert "4, 6, kernel_size=2, mode='fo', zoneout=0.0" in repr(QRNNLayer(4, 6))
+
+
+def test_a_centred_layer_sees_as_far_ahead_as_behind_and_no_padding():
+    torch.manual_seed(0)
+    layer = QRNNLayer(4, 6, kernel_size=6, causal=False).double()  # t - 3 ... t + 2
+    x = torch.randn(2, 12, 4, dtype=torch.float64)
+    changed = x.clone()
+    changed[:, 7] += 1
+    assert torch.equal(layer(x)[0][:, :5], layer(changed)[0][:, :5])
+    assert not torch.equal(layer(x)[0][:, 5], layer(changed)[0][:, 5])
+
+    bias = layer.bias.view(3, 6)
+    padded = torch.nn.functional.pad(x, (0, 0, 3, 2))
+    z, f, o = (  # the definition, tap by tap
+        bias[block] + sum(padded[:, k : k + 12] @ layer.weight.view(3, 6, 6, 4)[block, :, k].T for k in range(6))
+        for block in range(3)
+    )
+    want = torch.sigmoid(o) * signed_pool(
+        torch.nn.functional.logsigmoid(f), torch.nn.functional.logsigmoid(-f), torch.nn.functional.softplus(z)
+    )
+    torch.testing.assert_close(layer(x)[0], want)
+
+    padded, lengths = x.clone(), [12, 7]
+    padded[1, 7:] = torch.nan
+    h, state = layer(padded, lengths=lengths)
+    alone, state_alone = layer(x[1:, :7])
+    torch.testing.assert_close(h[1:, :7], alone)
+    torch.testing.assert_close(state.c[1:], state_alone.c)
+
+
+@every_mode
+def test_a_condition_is_added_at_every_step_as_a_bias_of_each_sequence(mode):
+    torch.manual_seed(0)
+    layer = QRNNLayer(4, 6, mode=mode)
+    x, condition = torch.randn(2, 9, 4), torch.randn(2, len(layer.weight))
+    got, _ = layer(x, condition=condition)
+    for row in range(2):
+        told = copy.deepcopy(layer)
+        with torch.no_grad():
+            told.bias += condition[row]
+        torch.testing.assert_close(got[row : row + 1], told(x[row : row + 1])[0])
+
+
+@every_mode
+def test_cells_are_the_output_before_its_gate(mode):
+    torch.manual_seed(0)
+    layer = QRNNLayer(4, 6, mode=mode)
+    x, lengths = torch.randn(2, 9, 4), [9, 3]
+    h, state = layer(x, lengths=lengths)
+    c, o, state_of_cells = layer.cells(x, lengths=lengths)
+    assert torch.equal(h, c if mode == "f" else o * c)
+    assert torch.equal(state.c, state_of_cells.c) and torch.equal(state.c[1], c[1, 2])
+
+
+def test_the_state_of_chosen_sequences_continues_them():
+    torch.manual_seed(0)
+    layer = QRNNLayer(4, 6, kernel_size=3)
+    x, index = torch.randn(3, 9, 4), torch.tensor([2, 2, 0])
+    _, state = layer(x[:, :5])
+    got, _ = layer(x[index, 5:], state.index_select(index))
+    torch.testing.assert_close(got, layer(x)[0][index, 5:])
 
 
 # --- the layer: errors -----------------------------------------------------------------------------------------------
@@ -680,7 +746,6 @@ STATE = QRNNState(torch.zeros(2, 6), torch.zeros(2, 1, 4))
     ("call", "message"),
     (
         (lambda: QRNNLayer(0, 6), "input_size: 0 given"),
-        (lambda: QRNNLayer(4, 2.5), "hidden_size: 2.5 given"),
         (lambda: QRNNLayer(4, 6, 0), "kernel_size: 0 given"),
         (lambda: QRNNLayer(4, 6, mode="of"), "mode: 'of' given, one of 'f', 'fo', 'ifo' expected"),
         (lambda: QRNNLayer(4, 6, activation="gelu"), "activation: 'gelu' given, one of 'softplus'"),
@@ -691,6 +756,8 @@ STATE = QRNNState(torch.zeros(2, 6), torch.zeros(2, 1, 4))
         (lambda: QRNNLayer(4, 6)(X[:, :, :3]), r"x: shape \(2, 5, 3\) given, \(B, T, 4\) expected"),
         (lambda: QRNNLayer(4, 6)(X.double()), "x: dtype torch.float64 given, torch.float32 expected"),
         (lambda: QRNNLayer(4, 6)(X.to("meta")), "x: device meta given, cpu expected"),
+        (lambda: QRNNLayer(4, 6, causal=False)(X, STATE), "state: given to a layer with causal=False"),
+        (lambda: QRNNLayer(4, 6)(X, condition=X[:, 0]), r"condition: shape \(2, 4\) given, \(2, 18\) expected"),
         (lambda: QRNNLayer(4, 6)(X[:1], STATE), r"state.c: shape \(2, 6\) given, \(1, 6\) expected"),
         (lambda: QRNNLayer(4, 6, 3)(X, STATE), r"state.window: shape \(2, 1, 4\) given, \(2, 2, 4\) expected"),
         (lambda: QRNNLayer(4, 6)(X, QRNNState(STATE.c.double(), STATE.window)), "state.c: dtype torch.float64"),
