@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer
@@ -75,24 +72,6 @@ def next_word_loss(model: nn.Module, batch: Batch, carried: Carried) -> tuple[Te
     )  # (B*T,), 0 where padded
     precise = torch.float32 if losses.device.type == "mps" else torch.float64  # MPS has no float64
     return losses.sum(dtype=precise), (batch.targets != IGNORE).sum(), carried
-
-
-def count_parameters(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
-def matched_width(target: int, build: Callable[[int], nn.Module]) -> int:
-    """The width at which `build(width)` has as close to `target` parameters as it gets."""
-
-    def count(width: int) -> int:
-        with torch.device("meta"):  # shapes only
-            return count_parameters(build(width))
-
-    upper = 1
-    while count(upper) < target:
-        upper *= 2
-    above = bisect_left(range(1, upper + 1), target, key=count) + 1
-    return min(max(above - 1, 1), above, key=lambda width: abs(count(width) - target))
 
 
 @torch.no_grad()

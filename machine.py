@@ -25,7 +25,7 @@ def provenance(*, seed: int, device: str) -> dict[str, Any]:
     """
     status = _git("status", "--porcelain", "--untracked-files=no")
     return {
-        "command": " ".join(["python", Path(sys.argv[0]).name, *map(_without_folder, sys.argv[1:])]),
+        "command": " ".join(["python", _script(), *map(_without_folder, sys.argv[1:])]),
         "commit": _git("rev-parse", "HEAD"),
         "dirty": None if status is None else bool(status),
         "seed": seed,
@@ -39,6 +39,12 @@ def provenance(*, seed: int, device: str) -> dict[str, Any]:
         },
         "versions": {"python": platform.python_version()} | {name: version(name) for name in LIBRARIES},
     }
+
+
+def _script() -> str:
+    """The script that runs, from the project's folder if it lies there."""
+    path, root = Path(sys.argv[0]).resolve(), Path(__file__).resolve().parent
+    return path.relative_to(root).as_posix() if path.is_relative_to(root) else path.name
 
 
 def _git(*arguments: str) -> str | None:

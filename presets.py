@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from settings import InputError, Settings, check_range
-
-RUNS = Path("runs")
+from comparison import RunConfig
+from settings import check_range
 
 
 @dataclass(frozen=True)
@@ -22,12 +20,6 @@ class Comparison:
     small: WikiText-2, small models; 50 minutes on 2 CPU cores.
     girrbach: WikiText-2 as in the log-space QRNN repository; for a GPU.
     bradbury: the Penn Treebank as in the QRNN paper; for a GPU."""
-    models: tuple[Literal["qrnn", "lstm"], ...] = ("qrnn", "lstm")
-    """Which models to train, in this order."""
-    name: str | None = None
-    """Name of the run: its folder is runs/NAME. None: PRESET-SEED, for example demo-0."""
-    resume: bool = False
-    """Go on with a run that was stopped or killed. Give the same flags as before."""
     generate: str | None = None
     """Do not train: let the best models of the run NAME continue this text."""
 
@@ -75,7 +67,7 @@ class Comparison:
 
 
 @dataclass(frozen=True)
-class Config(Settings, Comparison):  # in --help the fields of the last base come first
+class Config(RunConfig, Comparison):  # in --help the fields of the last base come first
     """Train a QRNN and an LSTM on the same text in the same way, and compare them.
 
     A preset sets everything, each flag changes one thing. The comparison and all else goes to runs/NAME.
@@ -91,16 +83,6 @@ class Config(Settings, Comparison):  # in --help the fields of the last base com
             check_range(name, getattr(self, name), low=0, high=1)
         if self.vocabulary is not None:
             check_range("vocabulary", self.vocabulary, low=3)  # <eos>, <unk> and a word
-        if not self.models or len(set(self.models)) < len(self.models):
-            raise InputError(f"--models {' '.join(self.models)}: one or two different ones expected")
-        if self.name is not None and not re.fullmatch(r"\w[\w.-]*", self.name):
-            raise InputError(
-                f"--name {self.name}: letters, digits and underscores expected, later points and dashes too"
-            )
-
-    @property
-    def folder(self) -> Path:
-        return RUNS / (f"{self.preset}-{self.seed}" if self.name is None else self.name)
 
 
 PRESETS = {

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import json
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,7 @@ from matplotlib.ticker import LogFormatter
 
 from checkpoint import write_file
 from machine import provenance
-from presets import Config
-from training import perplexity
+from settings import Settings
 
 NAMES = {"qrnn": "QRNN", "lstm": "LSTM"}
 # dark blue and orange: told apart by the colour-blind, and in grey by lightness, dashes and markers
@@ -26,26 +26,38 @@ STYLES: dict[str, dict[str, Any]] = {
     "qrnn": {"color": "#0072B2", "linestyle": "-", "marker": "o"},
     "lstm": {"color": "#E69F00", "linestyle": "--", "marker": "s"},
 }
-COLUMNS = (
-    "model",
-    "units",
-    "recurrent parameters",
-    "parameters",
-    "best epoch",
-    "validation perplexity",
-    "test perplexity",
-    "tokens/s",
-    "wall time",
-    "peak memory",
-)
+Result = dict[str, Any]  # of one model, as JSON values
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What the report of a task shows.
+
+    Attributes:
+        unit: of what is read in training, in the plural: "tokens".
+        measure: what a loss is shown as: "perplexity" or "loss".
+        convert: makes it of a loss.
+        columns: of the table, between the parameters and the speed: header -> text for the result of a model.
+        facts: paragraphs below the table.
+        sections: lines at the end of the report, from the results; files beside it go into the folder.
+        best_possible: column -> value, where it is known.
+    """
+
+    unit: str
+    measure: str
+    convert: Callable[[float], float]
+    columns: dict[str, Callable[[Result], str]]
+    facts: list[str]
+    sections: Callable[[list[Result], Path], list[str]]
+    best_possible: dict[str, float] = field(default_factory=dict)
 
 
 def write_report(
     folder: Path,
-    config: Config,
+    config: Settings,
     corpus: dict[str, Any],
-    floor: dict[str, float],
-    results: list[dict[str, Any]],
+    layout: Layout,
+    results: list[Result],
     interrupted: bool,
     device: str,
 ) -> str:
@@ -53,7 +65,7 @@ def write_report(
 
     Args:
         corpus: what is known about it, as JSON values.
-        floor: the best possible perplexity of each split, where it is known.
+        layout: of the task.
         results: what came out of each model.
         interrupted: whether the run was stopped before its end.
         device: on which the models were trained.
@@ -62,19 +74,19 @@ def write_report(
         the table, in Markdown.
     """
     logs = {result["model"]: read_log(folder / result["model"] / "metrics.jsonl") for result in results}
-    table = comparison_table(results, floor)
+    table = comparison_table(results, layout)
     content = provenance(seed=config.seed, device=device) | {
         "interrupted": interrupted,
         "wall_seconds": sum(result["wall_seconds"] for result in results),
         "config": {name: value for name, value in asdict(config).items() if name not in ("data", "resume", "generate")},
         "corpus": corpus,
-        "floor": floor,
+        "best_possible": layout.best_possible,
         "peak_memory": "allocated on the GPU" if device == "cuda" else "of the whole process, data included",
-        "models": [result | {"epochs": epoch_curve(logs[result["model"]])} for result in results],
+        "models": [result | {"epochs": epoch_curve(logs[result["model"]], layout)} for result in results],
     }
     write_file(folder / "results.json", json.dumps(content, indent=1) + "\n")
-    write_file(folder / "curves.png", draw_curves(logs, floor))
-    write_file(folder / "report.md", markdown(content, table))
+    write_file(folder / "curves.png", draw_curves(logs, layout))
+    write_file(folder / "report.md", markdown(content, table, layout, layout.sections(results, folder)))
     return table
 
 
@@ -82,12 +94,12 @@ def read_log(path: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def epoch_curve(log: list[dict[str, float]]) -> list[dict[str, float]]:
+def epoch_curve(log: list[dict[str, float]], layout: Layout) -> list[dict[str, float]]:
     return [
         {
             "epoch": line["epoch"],
-            "train_perplexity": perplexity(line["train_loss"]),
-            "valid_perplexity": perplexity(line["valid_loss"]),
+            f"train_{layout.measure}": layout.convert(line["train_loss"]),
+            f"valid_{layout.measure}": layout.convert(line["valid_loss"]),
             "seconds": line["seconds"],
         }
         for line in log
@@ -95,13 +107,23 @@ def epoch_curve(log: list[dict[str, float]]) -> list[dict[str, float]]:
     ]
 
 
-def comparison_table(results: list[dict[str, Any]], floor: dict[str, float]) -> str:
+def comparison_table(results: list[Result], layout: Layout) -> str:
     """The table in Markdown, its columns lined up so that it reads well in a terminal too."""
-    rows = [list(COLUMNS), *(table_row(result) for result in results)]
-    if floor:
-        known = {"model": "best possible", "validation perplexity": floor["valid"], "test perplexity": floor["test"]}
-        cells = [known.get(column, "") for column in COLUMNS]
-        rows.append([cell if isinstance(cell, str) else f"{cell:.2f}" for cell in cells])
+    columns: dict[str, Callable[[Result], str]] = {
+        "model": model_cell,
+        "units": lambda result: f"{result['hidden']:,}",
+        "recurrent parameters": lambda result: f"{result['recurrent_parameters']:,}",
+        "parameters": lambda result: f"{result['parameters']:,}",
+        "best epoch": lambda result: f"{result['best_epoch']:.3g}",
+        **layout.columns,
+        f"{layout.unit}/s": lambda result: f"{result['tokens_per_second']:,.0f}",
+        "wall time": lambda result: describe_time(result["wall_seconds"]),
+        "peak memory": lambda result: f"{result['peak_memory_bytes'] / 2**20:,.0f} MiB",
+    }
+    rows = [list(columns), *([cell(result) for cell in columns.values()] for result in results)]
+    if layout.best_possible:
+        known = {"model": "best possible"} | {name: f"{value:.2f}" for name, value in layout.best_possible.items()}
+        rows.append([known.get(column, "") for column in columns])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     rows.insert(1, ["-" * width for width in widths])
     lines = []
@@ -111,23 +133,9 @@ def comparison_table(results: list[dict[str, Any]], floor: dict[str, float]) -> 
     return "\n".join(lines)
 
 
-def table_row(result: dict[str, Any]) -> list[str]:
-    stopped = (
-        "" if result["interrupted_at_epoch"] is None else f" (stopped at epoch {result['interrupted_at_epoch']:.2f})"
-    )
-    test = result["test_perplexity"]
-    return [
-        NAMES[result["model"]] + stopped,
-        f"{result['hidden']:,}",
-        f"{result['recurrent_parameters']:,}",
-        f"{result['parameters']:,}",
-        f"{result['best_epoch']:.3g}",
-        f"{result['valid_perplexity']:.2f}",
-        "not read" if test is None else f"{test:.2f}",
-        f"{result['tokens_per_second']:,.0f}",
-        describe_time(result["wall_seconds"]),
-        f"{result['peak_memory_bytes'] / 2**20:,.0f} MiB",
-    ]
+def model_cell(result: Result) -> str:
+    epoch = result["interrupted_at_epoch"]
+    return NAMES[result["model"]] + ("" if epoch is None else f" (stopped at epoch {epoch:.2f})")
 
 
 def describe_time(seconds: float) -> str:
@@ -138,28 +146,22 @@ def describe_time(seconds: float) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min"
 
 
-def markdown(content: dict[str, Any], table: str) -> str:
+def markdown(content: dict[str, Any], table: str, layout: Layout, sections: list[str]) -> str:
     """report.md."""
-    corpus, config, machine = content["corpus"], content["config"], content["machine"]
+    corpus, machine = content["corpus"], content["machine"]
     lines = [f"# {' and '.join(NAMES[result['model']] for result in content['models'])} on {corpus['name']}", ""]
     if content["interrupted"]:
         lines += ["**Interrupted**: go on with `--resume`. The test split is read when a model is finished.", ""]
+    lines += [table, ""]
+    for paragraph in layout.facts:
+        lines += [paragraph, ""]
     lines += [
-        table,
-        "",
-        f"Perplexity is exp(sum of the negative log-likelihoods / number of words) over the whole split. Test is read "
-        "once, at the epoch that was best on validation. Tokens/s counts training steps alone, wall time evaluations "
-        f"and checkpoints too. Peak memory: {content['peak_memory']}.",
-        "",
-        f"Protocol `{config['protocol']}`, {corpus['vocabulary']:,} words, {corpus['train_tokens']:,} training tokens, "
-        f"{100 * corpus['padding']:.1f} % padding, seed {content['seed']}.",
+        f"{layout.unit.capitalize()}/s counts training steps alone, wall time evaluations and checkpoints too. Peak "
+        f"memory: {content['peak_memory']}. Seed {content['seed']}.",
         "",
         "![curves](curves.png)",
+        *sections,
     ]
-    if len(content["models"]) > 1:
-        lines += ["", "The samples below come from the same random draws."]
-    for result in content["models"]:
-        lines += ["", f"## A sample of the {NAMES[result['model']]}", "", "```text", result["sample"], "```"]
     gpu = f", {machine['gpu']}" if machine["gpu"] else ""
     versions = ", ".join(f"{name} {number}" for name, number in content["versions"].items())
     commit = f"{content['commit']}{' with changes' if content['dirty'] else ''}"
@@ -175,23 +177,24 @@ def markdown(content: dict[str, Any], table: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def draw_curves(logs: dict[str, list[dict[str, float]]], floor: dict[str, float]) -> bytes:
-    """A PNG: validation perplexity against epochs and seconds, learning rate and gradient norm against steps."""
+def draw_curves(logs: dict[str, list[dict[str, float]]], layout: Layout) -> bytes:
+    """A PNG: the validation loss against epochs and seconds, learning rate and gradient norm against steps."""
     figure, axes = plt.subplots(2, 2, figsize=(10, 7), layout="constrained")
+    validation = f"validation {layout.measure}"
     panels: tuple[tuple[Axes, str, str, str, str], ...] = (
-        (axes[0, 0], "epoch", "epochs", "valid_loss", "validation perplexity"),
-        (axes[0, 1], "seconds", "seconds of training", "valid_loss", "validation perplexity"),
+        (axes[0, 0], "epoch", "epochs", "valid_loss", validation),
+        (axes[0, 1], "seconds", "seconds of training", "valid_loss", validation),
         (axes[1, 0], "step", "steps", "learning_rate", "learning rate"),
         (axes[1, 1], "step", "steps", "gradient_norm", "L2 norm of the gradient"),
     )
     for axis, x, x_label, y, y_label in panels:
         for name, log in logs.items():
             lines = [line for line in log if y in line]
-            values = [perplexity(line[y]) if y == "valid_loss" else line[y] for line in lines]
+            values = [layout.convert(line[y]) if y == "valid_loss" else line[y] for line in lines]
             style = STYLES[name] if y == "valid_loss" else STYLES[name] | {"marker": "", "linewidth": 1}
             axis.plot([line[x] for line in lines], values, label=NAMES[name], **style)
-        if y == "valid_loss" and floor:
-            axis.axhline(floor["valid"], color="black", linestyle=":", label="best possible")
+        if y == "valid_loss" and validation in layout.best_possible:
+            axis.axhline(layout.best_possible[validation], color="black", linestyle=":", label="best possible")
         if y != "learning_rate":
             axis.set_yscale("log")
             axis.yaxis.set_major_formatter(LogFormatter())

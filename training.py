@@ -14,6 +14,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Protocol
@@ -29,6 +30,12 @@ from machine import peak_memory, reset_peak_memory
 from settings import Settings
 
 LOG_LINES = 500  # lines of metrics.jsonl a run, about
+OPTIMIZERS = {
+    "adamw": torch.optim.AdamW,
+    "adam": torch.optim.Adam,
+    "rmsprop": partial(torch.optim.RMSprop, alpha=0.9),
+    "sgd": torch.optim.SGD,
+}
 FLOOR_TOLERANCE = 1e-3  # nats: by chance a perfect model of a finite split lies this close to the exact entropy
 
 ADVICE = "the last good checkpoint is kept; a lower --lr or --clip may help, under another --name"
@@ -132,8 +139,9 @@ class Trainer:
             self.model.compile()  # in place: the names in the state_dict stay
         self.parallel_model = self.accelerator.prepare_model(self.model)
         self.step, self.batches, self.settings = step, batches, settings
-        optimizer = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[settings.optimizer]
-        self.optimizer = optimizer(self.model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
+        self.optimizer = OPTIMIZERS[settings.optimizer](
+            self.model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay
+        )
         self.log_every = max(1, settings.epochs * len(batches) // LOG_LINES)
         self.progress = Progress()
         self.carried: Carried = None

@@ -18,11 +18,12 @@ from pathlib import Path
 import pytest
 import torch
 
+import comparison
 import experiment
 from checkpoint import load_checkpoint
+from comparison import count_parameters, parse
 from corpora import load_corpus
-from experiment import build_model, build_qrnn, main, parse, prepare_data
-from language_model import count_parameters
+from experiment import build_model, build_qrnn, main, prepare_data
 from presets import PRESETS
 from settings import InputError
 from synthetic import sample_sentences
@@ -98,7 +99,7 @@ def test_both_models_are_compared(capsys):
 
 def test_test_perplexity_is_that_of_the_best_weights_word_by_word():
     assert main([*TINY, "--name", "x", "--models", "qrnn"]) == 0
-    config = parse([*TINY, "--models", "qrnn"])
+    config = parse([*TINY, "--models", "qrnn"], PRESETS)
     data = prepare_data(config)
     model = build_model(config, "qrnn", data.tokenizer.get_vocab_size()).eval()
     model.load_state_dict(load_checkpoint(Path("runs/x/qrnn"), "best")[0])
@@ -115,7 +116,7 @@ def test_test_perplexity_is_that_of_the_best_weights_word_by_word():
 
 def test_timing_changes_nothing(monkeypatch):
     assert main([*TINY, "--name", "timed"]) == 0
-    monkeypatch.setattr(experiment, "announce", lambda *_: None)
+    monkeypatch.setattr(comparison, "announce", lambda *_: None)
     assert main([*TINY, "--name", "untimed"]) == 0
     for model in ("qrnn", "lstm"):
         assert log("timed", model) == log("untimed", model)
@@ -129,7 +130,7 @@ def test_demo_prints_the_best_possible_perplexity(capsys):
 
 
 def test_a_long_run_on_a_cpu_is_announced(capsys, monkeypatch):
-    monkeypatch.setattr(experiment, "seconds_per_item", lambda *_: 10.0)
+    monkeypatch.setattr(comparison, "seconds_per_item", lambda *_: 10.0)
     assert (
         main([*TINY, "--preset", "girrbach", "--name", "x", "--epochs", "3", "--models", "qrnn", "--vocabulary", "50"])
         == 0
@@ -152,13 +153,13 @@ def test_widths_are_matched_within_one_per_cent(preset):
 
 
 def test_no_match_keeps_the_width():
-    config = parse(["--no-match"])
+    config = parse(["--no-match"], PRESETS)
     with torch.device("meta"):
         assert build_model(config, "lstm", 100).hidden == config.hidden
 
 
 def test_the_default_is_the_log_space_repository_setting():
-    config = parse([])
+    config = parse([], PRESETS)
     wanted = {
         "preset": "girrbach",
         "corpus": "wikitext-2",
@@ -385,7 +386,7 @@ def test_damaged_config_and_checkpoints_are_one_line(capsys):
 
 def test_help_says_what_everything_is(capsys):
     with pytest.raises(SystemExit) as stopped:
-        parse(["--help"])
+        parse(["--help"], PRESETS)
     printed = capsys.readouterr().out
     assert stopped.value.code == 0
     for flag in ("--preset", "--resume", "--generate", "--no-match", "--protocol", "--checkpoint-minutes"):
@@ -394,4 +395,4 @@ def test_help_says_what_everything_is(capsys):
 
 def test_parse_error_is_short():
     with pytest.raises(InputError, match=r"^[^\n]{1,200}$"):
-        parse(["--mode", "of"])
+        parse(["--mode", "of"], PRESETS)
