@@ -20,7 +20,7 @@ from language_model import LanguageModel, next_word_loss
 from qrnn import QRNN
 from settings import InputError, Settings
 from synthetic import sample_sentences
-from training import FutureLeakWarning, Trainer, TrainingError, evaluate
+from training import OPTIMIZERS, FutureLeakWarning, Trainer, TrainingError, evaluate
 
 SETTINGS = Settings(epochs=3, lr=5e-3, device="cpu", clip=1.0)
 TEXT = sample_sentences(60, seed=1)
@@ -92,7 +92,7 @@ def assert_same(one: Trainer, one_folder: Path, other: Trainer, other_folder: Pa
 
 @pytest.mark.parametrize("kind", ("qrnn", "lstm"))
 @pytest.mark.parametrize("protocol", ("sentence", "stream"))
-@pytest.mark.parametrize("optimizer", ("adamw", "sgd"))
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_stopped_and_resumed_is_bit_for_bit_as_never_stopped(tmp_path, kind, protocol, optimizer):
     settings = replace(SETTINGS, optimizer=optimizer)
     whole = train(tmp_path / "whole", kind=kind, protocol=protocol, settings=settings)
