@@ -1,4 +1,4 @@
-"""How exact and how fast the pooling and the layer are: `python benchmark.py` writes results/benchmark-<device>.json.
+"""How exact and how fast pooling and layers are: `python benchmark.py` writes results/benchmark-<device>.json.
 
 Every time is the median of rounds in which the compared things take turns, so that a busy machine slows all of them
 alike; what to read are the ratios, not the milliseconds. results/readme.py makes the README's tables from the file.
@@ -6,80 +6,113 @@ alike; what to read are the ratios, not the milliseconds. results/readme.py make
 
 from __future__ import annotations
 
+import argparse
 import json
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from statistics import median
-from typing import Any
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.nn.functional as F
-import tyro
 from torch import Tensor, nn
-from torch.utils.benchmark import Timer
 from tqdm import tqdm
 
+from checkpoint import write_file
+from corpora import SentenceBatches
+from experiment import build_model
+from instruments import Row, Shape, interleaved, peak_mib, speed_rows, time_shares
+from language_model import next_word_loss
 from machine import provenance
-from qrnn_layer import METHODS, QRNNLayer, pool
+from peers import LOOPS, PEERS, WAYS, Missing, Way, compiled, load, loop_by_autograd, one_line, versions
+from presets import PRESETS, Config
+from qrnn_layer import QRNNLayer, pool
+from settings import InputError
+from training import Trainer
 
-Row = dict[str, Any]
-Problem = tuple[Tensor, Tensor, Tensor]  # log_f (B, T, H), log_x (B, T, H), h0 (B, H)
+RESULTS = Path(__file__).parent / "results"
+LAYERS: dict[str, Callable[[int], nn.Module]] = {
+    "QRNN": lambda width: QRNNLayer(width, width, 2, "fo"),
+    "LSTM": lambda width: nn.LSTM(width, width, batch_first=True),
+    "GRU": lambda width: nn.GRU(width, width, batch_first=True),
+}
+TRAINING, STACKED = "training", "training inside a stack"  # the second one also computes the gradient of the input
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+SENTENCE = 25  # words, about the mean of WikiText-2
 
-PRECISION_LENGTHS = (128, 1024, 16_384)
-PRECISION_BIASES = (-6.0, -2.0, 0.0, 6.0)
-POOL_SHAPES = ((32, 128, 640), (32, 128, 64), (1, 1024, 64), (8, 512, 640), (1, 65_536, 64))  # (B, T, H)
-LAYER_BATCHES, LAYER_LENGTHS, LAYER_WIDTH = (8, 32), (32, 128, 512), 640
+
+class Grid(NamedTuple):
+    """Layers to compare: every batch size with every length."""
+
+    width: int
+    batches: tuple[int, ...]
+    lengths: tuple[int, ...]
+    parts: tuple[str, ...]
+    memory: bool  # whether to measure that as well
 
 
-def gates(shape: tuple[int, int, int], bias: float, device: str) -> Problem:
-    """log_f and log_x as a layer of mode "fo" with softplus makes them, and h0, all in float32."""
+@dataclass(frozen=True)
+class Plan:
+    """The sizes of everything that is measured."""
+
+    precision_lengths: tuple[int, ...] = (128, 1024, 16_384)
+    precision_biases: tuple[float, ...] = (-6.0, -2.0, 0.0, 6.0)
+    pool_shapes: tuple[Shape, ...] = (
+        *((65_536 // time, time, 64) for time in (32, 128, 512, 2048, 16_384, 65_536)),
+        (32, 128, 640),
+        (32, 512, 640),
+    )
+    longest_loop: int = 16_384
+    compiled_shapes: tuple[Shape, ...] = ((32, 128, 640), (32, 512, 640))  # compiling takes minutes each
+    grids: tuple[Grid, ...] = (
+        # the paper's Fig. 4
+        Grid(320, (8, 16, 32, 64, 128, 256), (32, 64, 128, 256, 512), ("inference", TRAINING), memory=False),
+        Grid(640, (8, 32, 128), (32, 128, 512), ("inference", TRAINING, STACKED), memory=True),
+    )
+    presets: tuple[Config, ...] = (PRESETS["girrbach"], PRESETS["small"])
+    scaling_shapes: tuple[Shape, ...] = (
+        *((65_536 // time, time, 64) for time in (32, 128, 512, 2048, 16_384, 65_536)),
+        *((batch, 512, 64) for batch in (1, 8, 32, 512)),
+    )
+    roofline_shape: Shape = (32, 512, 640)
+    matrix_size: int = 4096
+    profile_shape: Shape = (32, 128, 640)
+
+
+PLAN = Plan()
+
+
+# --- exactness -------------------------------------------------------------------------------------------------------
+
+
+def gates(shape: Shape, bias: float, device: str, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """log_f and log_x, (B, T, H) both, as a layer of mode "fo" with softplus makes them."""
     a = torch.randn(shape, device=device) + bias
     log_x = F.logsigmoid(-a) + F.softplus(torch.randn(shape, device=device)).log()
-    return F.logsigmoid(a), log_x, torch.randn(shape[0], shape[2], device=device)
+    return F.logsigmoid(a).to(dtype), log_x.to(dtype)
 
 
-def closed_form_by_autograd(log_f: Tensor, log_x: Tensor, h0: Tensor) -> Tensor:
-    """What one would write first: the closed form, left to autograd."""
-    c = log_f.cumsum(1)
-    return (c + (log_x - c).logcumsumexp(1)).exp() + c.exp() * h0.unsqueeze(1)
+def gradients(way: Way, problem: tuple[Tensor, Tensor], weights: Tensor) -> tuple[Tensor, ...]:
+    """Forward and backward."""
+    leaves = [array.detach().requires_grad_() for array in problem]
+    return torch.autograd.grad(way(*leaves), leaves, weights)
 
 
-def loop_by_autograd(log_f: Tensor, log_x: Tensor, h0: Tensor) -> Tensor:
-    """What one would write before that: a Python loop, left to autograd."""
-    h, steps = h0, []
-    for f_t, x_t in zip(log_f.exp().unbind(1), log_x.exp().unbind(1), strict=True):
-        h = f_t * h + x_t
-        steps.append(h)
-    return torch.stack(steps, 1)
-
-
-def candidates() -> dict[str, Callable[..., Tensor]]:
-    ours = {method: lambda *problem, m=method: pool(*problem, method=m) for method in ("auto", *METHODS)}
-    return ours | {"closed form, autograd": closed_form_by_autograd, "Python loop, autograd": loop_by_autograd}
-
-
-def gradients(function: Callable[..., Tensor], problem: Problem, weights: Tensor) -> tuple[Tensor, ...]:
-    leaves = [array.detach().clone().requires_grad_() for array in problem]
-    return torch.autograd.grad(function(*leaves), leaves, weights)
-
-
-def precision(device: str) -> list[Row]:
+def precision(plan: Plan, device: str, budget: float) -> list[Row]:
     """Largest relative error of h, and relative L2 error of the gradient of log_f, against the loop in float64."""
     rows = []
-    for time in tqdm(PRECISION_LENGTHS, desc="precision", unit="length"):
-        for bias in PRECISION_BIASES:
-            log_f, log_x, _ = gates((2, time, 16), bias, device)
-            problem = log_f, log_x, torch.zeros(2, 16, device=device)
-            weights = torch.randn_like(log_f)
-            doubles = tuple(array.double() for array in problem)
-            want, want_gradient = (
-                pool(*doubles, method="loop"),
-                gradients(loop_by_autograd, doubles, weights.double())[0],
-            )
-            for name, function in candidates().items():
-                error = ((function(*problem).double() - want).abs() / want).max().item()
-                gradient = gradients(function, problem, weights)[0].double()
+    for time in tqdm(plan.precision_lengths, desc="precision", unit="length"):
+        for bias in plan.precision_biases:
+            problem = gates((2, time, 16), bias, device)
+            weights = torch.randn_like(problem[0])
+            doubles = problem[0].double(), problem[1].double()
+            want = pool(*doubles, method="loop")
+            want_gradient = gradients(loop_by_autograd, doubles, weights.double())[0]
+            for name, way in WAYS.items():
+                error = ((way(*problem).double() - want).abs() / want).max().item()
+                gradient = gradients(way, problem, weights)[0].double()
                 rows.append(
                     {"T": time, "gate bias": bias, "method": name, "forward": error}
                     | {"gradient": ((gradient - want_gradient).norm() / want_gradient.norm()).item()}
@@ -87,94 +120,243 @@ def precision(device: str) -> list[Row]:
     return rows
 
 
-def interleaved(functions: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each function in each round; one round before that warms up."""
-    timers = {
-        name: Timer("f()", globals={"f": f}, num_threads=torch.get_num_threads()) for name, f in functions.items()
-    }
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    for round_ in range(rounds + 1):
-        for name, timer in timers.items():
-            seconds = timer.timeit(1).median
-            if round_ > 0:
-                times[name].append(seconds)
-    return times
+# --- pooling ---------------------------------------------------------------------------------------------------------
 
 
-def speed_rows(times: dict[str, list[float]], **labels: object) -> list[Row]:
-    return [
-        {**labels, "what": name, "ms": 1e3 * median(t), "ms_low": 1e3 * min(t), "ms_high": 1e3 * max(t)}
-        for name, t in times.items()
+def pool_call(shape: Shape, name: str, dtype: str, backward: bool, device: str) -> Callable[[], object]:
+    """One way to pool random gates, forward alone or with the backward pass."""
+    return call_way(load(name, device), gates(shape, 0.0, device, DTYPES[dtype]), backward)
+
+
+def call_way(way: Way, problem: tuple[Tensor, Tensor], backward: bool) -> Callable[[], object]:
+    if backward:
+        return partial(gradients, way, problem, torch.randn_like(problem[0]))
+    return torch.no_grad()(partial(way, *problem))
+
+
+def try_way(way: Way, problem: tuple[Tensor, Tensor]) -> None:
+    """Raises Missing: the way does not run on this problem, or it computes something else."""
+    try:
+        gradients(way, problem, torch.ones_like(problem[0]))
+        h = way(*problem).double()
+    except Exception as error:  # other people's code: anything can go wrong
+        raise Missing(one_line(error)) from error
+    want = pool(*problem).double()
+    error = ((h - want).norm() / want.norm()).item()
+    if not error < 0.1:  # the plain closed form is off by 2 % at T = 65,536
+        raise Missing(f"wrong: relative error {error:.0e}")
+
+
+def runnable(plan: Plan, shape: Shape, problem: tuple[Tensor, Tensor], device: str) -> tuple[dict[str, Way], list[Row]]:
+    """The ways to pool that run on this problem, and a row for each that does not, with the reason."""
+    ways, skipped = {}, []
+    for name in (*WAYS, *PEERS):
+        try:
+            if name in LOOPS and shape[1] > plan.longest_loop:
+                raise Missing(f"slow: not tried beyond T = {plan.longest_loop:,}")
+            way = load(name, device)
+            try_way(way, problem)
+            ways[name] = way
+        except Missing as reason:
+            skipped.append({"what": name, "skipped": str(reason)})
+    if device == "cuda" and shape in plan.compiled_shapes:
+        ways |= compiled()
+    return ways, skipped
+
+
+def pooling(plan: Plan, device: str, budget: float) -> list[Row]:
+    """Milliseconds and memory of every way to pool."""
+    rows = []
+    dtypes = ("float32", "bfloat16") if device == "cuda" else ("float32",)
+    cells = [(shape, dtype) for shape in plan.pool_shapes for dtype in dtypes]
+    for shape, dtype in tqdm(cells, desc="pooling", unit="cell"):
+        problem = gates(shape, 0.0, device, DTYPES[dtype])
+        ways, skipped = runnable(plan, shape, problem, device)
+        cell = dict(zip("BTH", shape, strict=True)) | {"dtype": dtype}
+        rows += [cell | row for row in skipped]
+        for part, backward in (("forward", False), ("forward + backward", True)):
+            calls = {name: call_way(way, problem, backward) for name, way in ways.items()}
+            new = speed_rows(interleaved(calls, budget), **cell, part=part)
+            for row in new:
+                if row["what"] in (*WAYS, *PEERS):  # not the compiled ones
+                    row["mib"] = peak_mib(pool_call, shape, row["what"], dtype, backward, device=device)
+            rows += new
+    return rows
+
+
+# --- layers ----------------------------------------------------------------------------------------------------------
+
+
+def layer_call(shape: Shape, name: str, part: str, device: str) -> Callable[[], object]:
+    """One layer as wide as its input, on random numbers."""
+    layer = LAYERS[name](shape[2]).to(device)
+    x = torch.randn(shape, device=device, requires_grad=part == STACKED)
+    if part == "inference":
+        return torch.no_grad()(partial(layer.eval(), x))
+    wanted, weights = [*layer.parameters(), *([x] if part == STACKED else [])], torch.randn(shape, device=device)
+    return lambda: torch.autograd.grad(layer(x)[0], wanted, weights)
+
+
+def layer_rows(shape: Shape, names: Sequence[str], part: str, memory: bool, device: str, budget: float) -> list[Row]:
+    calls = {name: layer_call(shape, name, part, device) for name in names}
+    rows = speed_rows(interleaved(calls, budget), **dict(zip("BTH", shape, strict=True)), part=part)
+    if memory:
+        for row in rows:
+            row["mib"] = peak_mib(layer_call, shape, row["what"], part, device=device)
+    return rows
+
+
+def layer(plan: Plan, device: str, budget: float) -> list[Row]:
+    """Milliseconds of a QRNN layer, nn.LSTM and nn.GRU of the same width."""
+    cells = [
+        ((batch, time, grid.width), part, grid.memory)
+        for grid in plan.grids
+        for batch in grid.batches
+        for time in grid.lengths
+        for part in grid.parts
     ]
+    bar = tqdm(cells, desc="layer", unit="cell")
+    return [row for shape, part, memory in bar for row in layer_rows(shape, (*LAYERS,), part, memory, device, budget)]
 
 
-def pooling_speed(device: str, rounds: int) -> list[Row]:
-    """Milliseconds of every way to pool, forward alone and with the backward pass."""
+def scaling(plan: Plan, device: str, budget: float) -> list[Row]:
+    """Milliseconds and memory of training a layer, as T and B grow."""
+    bar = tqdm(plan.scaling_shapes, desc="scaling", unit="shape")
+    return [row for shape in bar for row in layer_rows(shape, ("QRNN", "LSTM"), TRAINING, True, device, budget)]
+
+
+def profile(plan: Plan, device: str, budget: float) -> list[Row]:
+    """Where the time of training a layer goes."""
+    shares = time_shares(layer_call(plan.profile_shape, "QRNN", STACKED, device), device)
+    cell = dict(zip("BTH", plan.profile_shape, strict=True)) | {"part": STACKED}
+    return [cell | {"what": kind, "share": share} for kind, share in shares.items()]
+
+
+# --- the language models ---------------------------------------------------------------------------------------------
+
+
+def experiment(plan: Plan, device: str, budget: float) -> list[Row]:
+    """Tokens a second of training steps of experiment.py, on random words."""
     rows = []
-    for shape in tqdm(POOL_SHAPES, desc="pooling", unit="shape"):
-        problem = gates(shape, 0.0, device)
-        weights = torch.randn(shape, device=device)
-        chosen = {name: f for name, f in candidates().items() if shape[1] <= 2048 or "oop" not in name}
-        forward = {name: partial(f, *problem) for name, f in chosen.items()}
-        both = {name: partial(gradients, f, problem, weights) for name, f in chosen.items()}
-        labels = {"B": shape[0], "T": shape[1], "H": shape[2]}
-        with torch.no_grad():
-            rows += speed_rows(interleaved(forward, rounds), **labels, part="forward")
-        rows += speed_rows(interleaved(both, rounds), **labels, part="forward + backward")
+    for config in tqdm(plan.presets, desc="experiment", unit="preset"):
+        for amp in (None, "bf16") if device == "cuda" else (None,):
+            # epochs: a one-cycle schedule goes on for as long as the rounds do
+            settings = replace(config, device=device, amp=amp, epochs=10**6)
+            sentences = list(torch.randint(config.vocabulary, (config.batch_size, SENTENCE)))
+            batches = SentenceBatches(sentences, config.batch_size)
+            batch = next(batches.epoch(0))
+            models = {name: build_model(settings, name, config.vocabulary) for name in ("qrnn", "lstm")}
+            trainers = {name: Trainer(model, next_word_loss, batches, settings) for name, model in models.items()}
+            times = interleaved({name: partial(trainer.update, batch) for name, trainer in trainers.items()}, budget)
+            for row in speed_rows(times, preset=config.preset, amp=amp):
+                rows.append(
+                    row | {"hidden": models[row["what"]].hidden, "tokens_per_s": 1e3 * batches.tokens / row["ms"]}
+                )
     return rows
 
 
-def infer(layer: nn.Module, x: Tensor) -> None:
-    with torch.no_grad():
-        layer(x)
+# --- the machine's limits --------------------------------------------------------------------------------------------
 
 
-def train(layer: nn.Module, x: Tensor) -> None:
-    layer.zero_grad()
-    layer(x)[0].sum().backward()
+def roofline(plan: Plan, device: str, budget: float) -> list[Row]:
+    """Pooling and a layer against the copy bandwidth and the rate of matrix products, measured beside them.
 
-
-def layer_speed(device: str, rounds: int) -> list[Row]:
-    """Milliseconds of a QRNN layer, nn.LSTM and nn.GRU of the same width, inference and training."""
-    rows = []
-    width = LAYER_WIDTH
-    layers = {
-        "QRNN": QRNNLayer(width, width, 2, "fo"),
-        "LSTM": nn.LSTM(width, width, batch_first=True),
-        "GRU": nn.GRU(width, width, batch_first=True),
-    }
-    layers = {name: layer.to(device) for name, layer in layers.items()}
-    for batch in tqdm(LAYER_BATCHES, desc="layer", unit="batch size"):
-        for time in LAYER_LENGTHS:
-            x = torch.randn(batch, time, width, device=device)
-            for part, run in (("inference", infer), ("training", train)):
-                times = interleaved({name: partial(run, layer, x) for name, layer in layers.items()}, rounds)
-                rows += speed_rows(times, B=batch, T=time, H=width, part=part)
-    return rows
-
-
-def main(device: str = "cuda" if torch.cuda.is_available() else "cpu", rounds: int = 7, seed: int = 0) -> None:
-    """Measure precision and speed, and write results/benchmark-<device>.json.
-
-    Args:
-        device: cpu or cuda.
-        rounds: how often each time is taken; the median counts.
-        seed: of the random inputs.
+    Bytes are the least that any implementation moves: in each pass every argument read once, every result written once.
+    FLOPs are those of the definition, exponentials not counted.
     """
-    torch.manual_seed(seed)
-    result = {
-        "provenance": provenance(seed=seed, device=device),
-        "precision": precision(device),
-        "pooling": pooling_speed(device, rounds),
-        "layer": layer_speed(device, rounds),
+    shape, size = plan.roofline_shape, plan.matrix_size
+    source = torch.randn(4 * torch.Size(shape).numel(), device=device)
+    target, square = torch.empty_like(source), torch.randn(size, size, device=device)
+    problem = gates(shape, 0.0, device)
+    states, weights = problem[0].numel(), sum(parameter.numel() for parameter in LAYERS["QRNN"](shape[2]).parameters())
+    products = 2 * shape[0] * shape[1] * weights
+    calls = {  # name: call, arrays' elements moved, FLOPs
+        "copy": (lambda: target.copy_(source), 2 * source.numel(), 0),
+        "matrix product": (lambda: square @ square, 3 * size**2, 2 * size**3),
+        "pooling, forward": (call_way(WAYS["auto"], problem, False), 3 * states, 2 * states),
+        "pooling, forward + backward": (call_way(WAYS["auto"], problem, True), 9 * states, 7 * states),
+        "layer, inference": (layer_call(shape, "QRNN", "inference", device), 2 * states + weights, products),
+        f"layer, {STACKED}": (layer_call(shape, "QRNN", STACKED, device), 5 * states + 3 * weights, 3 * products),
     }
-    path = Path(__file__).parent / "results" / f"benchmark-{device}.json"
-    path.parent.mkdir(exist_ok=True)
-    aside = path.with_suffix(".tmp")
-    aside.write_text(json.dumps(result, indent=1) + "\n")
-    aside.replace(path)
-    print(f"wrote results/{path.name}; `make results` brings it into the README")
+    if device == "cuda":
+        for name, way in compiled().items():
+            calls[f"pooling, forward: {name}"] = call_way(way, problem, False), 3 * states, 2 * states
+    times = interleaved({name: call for name, (call, _, _) in calls.items()}, budget)
+    rows = []
+    for row in speed_rows(times, **dict(zip("BTH", shape, strict=True))):
+        _, elements, flops = calls[row["what"]]
+        rows.append(row | {"gb_per_s": 4e-6 * elements / row["ms"], "gflop_per_s": 1e-6 * flops / row["ms"]})
+    return rows
+
+
+# --- the command line ------------------------------------------------------------------------------------------------
+
+TABLES = {table.__name__: table for table in (precision, pooling, layer, scaling, experiment, roofline, profile)}
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}\n")
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--budget", type=float, default=2.0, help="seconds of rounds for each comparison (2), 5 at least"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the random inputs (0)")
+    parser.add_argument(
+        "--only", nargs="+", choices=TABLES, metavar="TABLE", help=f"of {', '.join(TABLES)}; keep others"
+    )
+    options = parser.parse_args(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: this machine has none that PyTorch can use; take cpu")
+    if not options.budget >= 0:
+        parser.error(f"--budget {options.budget}: at least 0 expected")
+    return options
+
+
+def measure(plan: Plan, tables: Sequence[str], device: str, budget: float, seed: int) -> dict[str, list[Row]]:
+    """The rows of each table."""
+    result = {}
+    for table in tables:
+        torch.manual_seed(seed)
+        result[table] = TABLES[table](plan, device, budget)
+    return result
+
+
+def kept(path: Path, origin: dict[str, Any]) -> dict[str, Any]:
+    """What the file already holds; raises InputError: it was made by another commit, machine or setting."""
+    if not path.exists():
+        return {"provenance": origin}
+    content = json.loads(path.read_text())
+    before = content["provenance"]
+    different = [key for key in origin if key != "command" and origin[key] != before.get(key)]
+    if different:
+        raise InputError(f"--only: {path.name} differs in {', '.join(different)}; measure all tables")
+    return content | {"provenance": before | {"command": f"{before['command']}; {origin['command']}"}}
+
+
+def main(arguments: Sequence[str], plan: Plan = PLAN, folder: Path = RESULTS) -> int:
+    """The exit code: 0, or 2 if the input was wrong."""
+    options = parse(arguments)
+    path = folder / f"benchmark-{options.device}.json"
+    origin = provenance(seed=options.seed, device=options.device)
+    origin |= {"budget_s": options.budget, "peers": versions()}
+    try:
+        content = kept(path, origin) if options.only else {"provenance": origin}
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    content |= measure(plan, options.only or [*TABLES], options.device, options.budget, options.seed)
+    folder.mkdir(exist_ok=True)
+    write_file(path, json.dumps(content, indent=1) + "\n")
+    print(f"wrote {folder.name}/{path.name}; `make results` brings it into the README")
+    return 0
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    sys.exit(main(sys.argv[1:]))

@@ -20,7 +20,7 @@ class Settings:
     epochs: int = 40
     """Passes over the training data."""
     optimizer: Literal["adamw", "adam", "rmsprop", "sgd"] = "adamw"
-    """The optimiser, with PyTorch's defaults for all that is not a flag here; but rmsprop's alpha is 0.9, the paper's."""
+    """The optimiser, with PyTorch's defaults for what is not a flag here; alpha of rmsprop is 0.9, as in the paper."""
     lr: float = 1e-3
     """Learning rate (the highest one, with --schedule one-cycle), for the mean loss of a token."""
     schedule: Literal["constant", "one-cycle", "decay"] = "constant"
