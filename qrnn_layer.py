@@ -24,6 +24,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 METHODS = ("loop", "log", "blocked", "scan")
 MODES = {"f": 2, "fo": 3, "ifo": 4}  # mode -> number of blocks in the projection, in the order z, f, [i], [o]
@@ -34,6 +35,14 @@ ACTIVATIONS = {
     "relu": torch.relu,
     "tanh": torch.tanh,
     "identity": lambda z: z,
+}
+DERIVATIVES = {  # of the activations, from the pre-activation a and the value z
+    "softplus": lambda a, z: torch.sigmoid(a),
+    "exp": lambda a, z: z,
+    "sigmoid": lambda a, z: z * (1 - z),
+    "relu": lambda a, z: z > 0,
+    "tanh": lambda a, z: 1 - z * z,
+    "identity": lambda a, z: 1,
 }
 SIGNED_ACTIVATIONS = ("tanh", "identity")  # all others give z >= 0, which the closed form takes without splitting
 
@@ -100,22 +109,39 @@ def _closed_form_of_any_sign(log_f: Tensor, x: Tensor, positive: bool) -> tuple[
 
 def _scan(f: Tensor, x: Tensor, h0: Tensor) -> Tensor:
     """Odd-even scan in linear space: log2(T) levels, 2T work, no division, so exact to rounding for any sign."""
-    h = torch.empty_like(x, memory_format=torch.contiguous_format)
-    _scan_into(h, f, x, h0)
+    h = x.clone(memory_format=torch.contiguous_format)
+    h[:, 0].addcmul_(f[:, 0], h0)
+    _scan_in_place(h, f[:, 1:])
     return h
 
 
-def _scan_into(h: Tensor, f: Tensor, x: Tensor, h0: Tensor) -> None:
-    """Write the states into h, which is a view of every 2nd, 4th, 8th, ... step of the result. Steps count from 0."""
-    length = x.shape[1]
-    h[:, 0] = torch.addcmul(x[:, 0], f[:, 0], h0)
-    if length > 1:
-        # The odd steps are a recurrence of their own, half as long: h_t = f_t f_{t-1} h_{t-2} + (x_t + f_t x_{t-1}).
-        f_odd, even = f[:, 1::2], slice(0, length - 1, 2)
-        _scan_into(h[:, 1::2], f_odd * f[:, even], torch.addcmul(x[:, 1::2], f_odd, x[:, even]), h0)
+def _scan_in_place(h: Tensor, link: Tensor, backwards: bool = False) -> None:
+    """Turn x, (B, T, H), into the states; `link`, (B, T-1, H), has a factor between each step and the next.
+
+    h_t = x_t + link_{t-1} h_{t-1}, or with `backwards` h_t = x_t + link_t h_{t+1}. Steps are counted from 0, from the
+    end if `backwards`: step 0 is right as it is.
+    """
+    length = h.shape[1]
+    if length == 1:
+        return
+    end = length % 2 if backwards else 0  # so that the slices below, which all go upwards, meet the right partners
+    if backwards:
+        odd, before_odd = slice(end, length - 1, 2), slice(end + 1, length, 2)
+        even, before_even = slice(1 - end, length - 2, 2), slice(2 - end, length - 1, 2)
+        to_odd, to_even = link[:, odd], link[:, even]
+    else:
+        odd, before_odd = slice(1, length, 2), slice(0, length - 1, 2)
+        even, before_even = slice(2, length, 2), slice(1, length - 1, 2)
+        to_odd, to_even = link[:, before_odd], link[:, before_even]
+    # The odd steps are a recurrence of their own, half as long: h_t = (x_t + f_t x_{t-1}) + f_t f_{t-1} h_{t-2}.
+    h[:, odd].addcmul_(to_odd, h[:, before_odd])
+    pairs = to_odd.shape[1] - 1
+    if pairs:
+        longer = to_odd[:, :-1] * to_even[:, -pairs:] if backwards else to_odd[:, 1:] * to_even[:, :pairs]
+        _scan_in_place(h[:, odd], longer, backwards)
+    # The even steps follow, each from the odd one before it.
     if length > 2:
-        # The even steps follow, each from the odd one before it.
-        h[:, 2::2] = torch.addcmul(x[:, 2::2], f[:, 2::2], h[:, 1 : length - 1 : 2])
+        h[:, even].addcmul_(to_even, h[:, before_even])
 
 
 # --- the derivative, one for all methods -----------------------------------------------------------------------------
@@ -151,6 +177,15 @@ class _Pool(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         log_f, h0, h = ctx.saved_tensors
+        if ctx.method == "scan" and not torch.is_grad_enabled():  # the same, without copies
+            f = log_f.exp()
+            delta = grad.clone(memory_format=torch.contiguous_format)
+            _scan_in_place(delta, f[:, 1:], backwards=True)
+            f_delta = f.mul_(delta)
+            grad_h0 = f_delta[:, 0].clone()
+            f_delta[:, 1:].mul_(h[:, :-1])
+            f_delta[:, 0].mul_(h0)
+            return f_delta, delta, grad_h0, None, None, None
         log_f_next = torch.cat([log_f[:, :1], log_f[:, 1:].flip(1)], dim=1)  # log f_{t+1}, t running down from T
         delta = _recurrence(log_f_next, grad.flip(1), torch.zeros_like(h0), ctx.method, ctx.block_size).flip(1)
         f_delta = log_f.exp() * delta
@@ -279,6 +314,29 @@ def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def _fuses(projection: Tensor, c0: Tensor, method: str) -> bool:
+    """Whether `_FusedCells` can take the place of `_cells`: it has no forward-mode derivative and no vmap."""
+    return (
+        _resolve(method, projection.device) == "scan"
+        and projection.numel() > 0
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+        and all(forward_ad.unpack_dual(array).tangent is None for array in (projection, c0))
+    )
+
+
+def _convolves_faster(seen: Tensor) -> bool:
+    """Whether PyTorch's convolution beats its matrix product: forward alone, in float32 on a CPU, and not small."""
+    return (
+        seen.device.type == "cpu"
+        and seen.dtype == torch.float32
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and not _autocasts(seen)
+        and seen.shape[0] * seen.shape[1] >= 512
+    )
+
+
 def _autocasts(x: Tensor) -> bool:
     """Whether autocast decides about the dtype of what is computed from x."""
     device = x.device.type
@@ -297,6 +355,124 @@ def _working_precision(*arrays: Tensor | None) -> list[Tensor]:
     dtype = _at_least_float32(arrays[0].dtype)
     h0 = arrays[0].new_zeros(arrays[0].shape[0], arrays[0].shape[2]) if h0 is None else h0
     return [array.to(dtype) for array in (*arrays, h0)]
+
+
+# --- from the projection to the states -------------------------------------------------------------------------------
+
+
+def _cells(
+    projection: Tensor, c0: Tensor, keep: Tensor | None, mode: str, activation: str, method: str
+) -> tuple[Tensor, Tensor | None]:
+    """(B, T, MODES*H), (B, H) and, where the state is to stay exactly as it is, True -> c and o, (B, T, H)."""
+    blocks = projection.chunk(MODES[mode], dim=2)
+    z, log_f = ACTIVATIONS[activation](blocks[0]), F.logsigmoid(blocks[1])
+    i = torch.sigmoid(blocks[2] if mode == "ifo" else -blocks[1])  # 1 - f = sigmoid(-pre-activation)
+    if keep is not None:
+        log_f, i = log_f.masked_fill(keep, 0), i.masked_fill(keep, 0)  # f = 1 and nothing enters
+    c = _recurrence(log_f, i * z, c0, method, positive=activation not in SIGNED_ACTIVATIONS)
+    return c, None if mode == "f" else torch.sigmoid(blocks[-1])
+
+
+class _FusedCells(torch.autograd.Function):
+    """c and h = o * c of `_cells` with the method "scan", for speed: in place on its own buffers, a few sequences at a
+    time, which fit the cache; it stores the projection and c, and computes the gates anew in the backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx, projection: Tensor, c0: Tensor, keep: Tensor | None, mode: str, activation: str
+    ) -> tuple[Tensor, Tensor | None]:
+        shape = (*projection.shape[:2], c0.shape[1])
+        c = projection.new_empty(shape)
+        h = None if mode == "f" else projection.new_empty(shape)
+        for rows in _cache_sized(c):
+            blocks = projection[rows].chunk(MODES[mode], dim=2)
+            f, i = torch.sigmoid(blocks[1]), _input_gate(blocks, mode)
+            x = torch.mul(ACTIVATIONS[activation](blocks[0]), i, out=c[rows])
+            if keep is not None:
+                f.masked_fill_(keep[rows], 1)
+                x.masked_fill_(keep[rows], 0)
+            x[:, 0].addcmul_(f[:, 0], c0[rows])
+            _scan_in_place(x, f[:, 1:])
+            if h is not None:
+                torch.mul(torch.sigmoid(blocks[-1]), x, out=h[rows])
+        ctx.save_for_backward(projection, c0, keep, c)
+        ctx.mode, ctx.activation = mode, activation
+        ctx.set_materialize_grads(False)
+        return c, h
+
+    @staticmethod
+    def backward(ctx, grad_c: Tensor | None, grad_h: Tensor | None = None):
+        projection, c0, keep, c = ctx.saved_tensors
+        if torch.is_grad_enabled():  # second derivatives are those of the definition
+            return *_FusedCells._by_definition(ctx, grad_c, grad_h), None, None, None
+        grad, grad_c0 = torch.empty_like(projection), torch.empty_like(c0)
+        for rows in _cache_sized(c):
+            given = (None if array is None else array[rows] for array in (keep, grad_c, grad_h))
+            grad_c0[rows] = _FusedCells._backward(ctx, projection[rows], c0[rows], c[rows], grad[rows], *given)
+        return grad, grad_c0, None, None, None
+
+    @staticmethod
+    def _backward(
+        ctx,
+        projection: Tensor,
+        c0: Tensor,
+        c: Tensor,
+        grad: Tensor,
+        keep: Tensor | None,
+        grad_c: Tensor | None,
+        grad_h: Tensor | None,
+    ) -> Tensor:
+        """Fill `grad`, the gradient of the projection, and return that of c0."""
+        blocks, grads = (array.chunk(MODES[ctx.mode], dim=2) for array in (projection, grad))
+        delta = torch.zeros_like(c) if grad_c is None else grad_c.clone(memory_format=torch.contiguous_format)
+        if ctx.mode != "f":
+            grads[-1].zero_()
+        if grad_h is not None:  # h = o c
+            o = torch.sigmoid(blocks[-1])
+            through = grad_h * o
+            delta += through
+            torch.mul(through.mul_(c), o.neg_().add_(1), out=grads[-1])
+        f, i, z = torch.sigmoid(blocks[1]), _input_gate(blocks, ctx.mode), ACTIVATIONS[ctx.activation](blocks[0])
+        if keep is not None:
+            f.masked_fill_(keep, 1)
+        _scan_in_place(delta, f[:, 1:], backwards=True)
+        grad_c0 = f[:, 0] * delta[:, 0]
+        if keep is not None:
+            delta.masked_fill_(keep, 0)
+
+        entering = i * delta  # the gradient of z
+        torch.mul(entering, DERIVATIVES[ctx.activation](blocks[0], z), out=grads[0])
+        torch.mul(f, torch.sigmoid(-blocks[1]), out=grads[1])
+        grads[1][:, 1:].mul_(c[:, :-1])
+        grads[1][:, 0].mul_(c0)
+        grads[1].mul_(delta)  # of f alone
+        entering.mul_(z).mul_(i.neg_().add_(1))  # of what i is the sigmoid of: in "f" and "fo" what f is of, negated
+        if ctx.mode == "ifo":
+            grads[2].copy_(entering)
+        else:
+            grads[1].sub_(entering)
+        return grad_c0
+
+    @staticmethod
+    def _by_definition(ctx, grad_c: Tensor | None, grad_h: Tensor | None) -> list[Tensor | None]:
+        projection, c0, keep, _ = ctx.saved_tensors
+        c, o = _cells(projection, c0, keep, ctx.mode, ctx.activation, "scan")
+        given = [(c, grad_c), (None if o is None else o * c, grad_h)]
+        outputs, grads = zip(*((output, grad) for output, grad in given if grad is not None), strict=True)
+        inputs = [array for array in (projection, c0) if array.requires_grad]
+        found = iter(torch.autograd.grad(outputs, inputs, grads, create_graph=True))
+        return [next(found) if array.requires_grad else None for array in (projection, c0)]
+
+
+def _input_gate(blocks: Sequence[Tensor], mode: str) -> Tensor:
+    return torch.sigmoid(blocks[2]) if mode == "ifo" else torch.neg(blocks[1]).sigmoid_()
+
+
+def _cache_sized(array: Tensor) -> list[slice]:
+    """Pieces of the batch; on a CPU of about 2 MiB in float32, of which a few fit its cache at once."""
+    batch, size = len(array), max(1, array[:1].numel())
+    rows = max(1, 2**19 // size) if array.device.type == "cpu" else batch
+    return [slice(start, start + rows) for start in range(0, batch, rows)]
 
 
 # --- the layer -------------------------------------------------------------------------------------------------------
@@ -436,8 +612,16 @@ class QRNNLayer(nn.Module):
         Raises:
             ValueError: a wrong rank, size, dtype, device or length, or a state for a layer that is not causal.
         """
-        c, o, state = self.cells(x, state, lengths, condition)
-        return (c if o is None else o * c).to(_autocast_dtype(x)), state
+        projection, keep, padding, seen, state = self._project(x, state, lengths, condition)
+        if _fuses(projection, state.c, self.method):
+            c, h = _FusedCells.apply(projection, state.c, keep, self.mode, self.activation)
+        else:
+            c, o = _cells(projection, state.c, keep, self.mode, self.activation, self.method)
+            h = None if o is None else o * c
+        h = c if h is None else h
+        if padding is not None:
+            h = h.masked_fill(padding, 0)
+        return h.to(_autocast_dtype(x)), self._last_state(state.c, c, seen, lengths)
 
     def cells(
         self,
@@ -447,6 +631,17 @@ class QRNNLayer(nn.Module):
         condition: Tensor | None = None,
     ) -> Cells:
         """`forward` before the output gate is applied, for those who mix something in first, attention for example."""
+        projection, keep, padding, seen, state = self._project(x, state, lengths, condition)
+        c, o = _cells(projection, state.c, keep, self.mode, self.activation, self.method)
+        return Cells(
+            c if padding is None else c.masked_fill(padding, 0), o, self._last_state(state.c, c, seen, lengths)
+        )
+
+    def _project(
+        self, x: Tensor, state: QRNNState | None, lengths: Tensor | Sequence[int] | None, condition: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, QRNNState]:
+        """The projection, (B, T, MODES*H) in at least float32; where the state stays as it is; where x is padded; the
+        inputs that the convolution saw, (B, K-1+T, F); the state before the first step."""
         self._check_input(x, state, condition)
         batch_size, time = x.shape[:2]
         if state is None:
@@ -460,32 +655,33 @@ class QRNNLayer(nn.Module):
         seen = torch.cat([state.window.to(x.dtype), x], dim=1)  # (B, K-1+T, F)
         if not self.causal:
             seen = F.pad(seen[:, (self.kernel_size - 1) // 2 :], (0, 0, 0, (self.kernel_size - 1) // 2))
-        taps = torch.cat([seen[:, k : k + time] for k in range(self.kernel_size)], dim=2)  # (B, T, K*F)
-        projection = F.linear(taps, self.weight, self.bias)  # (B, T, MODES*H), all gates in one matrix product
+        projection = self._convolve(seen)
         projection = projection.to(_at_least_float32(projection.dtype))
         if condition is not None:
             projection = projection + condition.unsqueeze(1)
-        blocks = projection.chunk(MODES[self.mode], dim=2)
-        z, log_f = ACTIVATIONS[self.activation](blocks[0]), F.logsigmoid(blocks[1])
-        i = torch.sigmoid(blocks[2] if self.mode == "ifo" else -blocks[1])  # 1 - f = sigmoid(-pre-activation)
 
-        keep = padding  # where the state stays exactly as it is: f = 1 and nothing enters
+        keep = padding
         if self.training and self.zoneout > 0:
-            zoned_out = torch.rand_like(log_f) < self.zoneout
+            zoned_out = torch.rand_like(projection[:, :, : self.hidden_size]) < self.zoneout
             keep = zoned_out if padding is None else zoned_out | padding
-        if keep is not None:
-            log_f, i = log_f.masked_fill(keep, 0), i.masked_fill(keep, 0)
+        return projection, keep, padding, seen, state
 
-        c = _recurrence(log_f, i * z, state.c, self.method, positive=self.activation not in SIGNED_ACTIVATIONS)
-        o = None if self.mode == "f" else torch.sigmoid(blocks[-1])
-        state = self._last_state(state.c, c, seen, lengths)
-        return Cells(c if padding is None else c.masked_fill(padding, 0), o, state)
+    def _convolve(self, seen: Tensor) -> Tensor:
+        """(B, K-1+T, F) -> (B, T, MODES*H), all gates at once."""
+        time = seen.shape[1] - self.kernel_size + 1
+        if _convolves_faster(seen):  # in the layout "channels last", which seen, weight and result have as they are
+            weight = self.weight.view(-1, self.kernel_size, self.input_size).transpose(1, 2).unsqueeze(2)
+            image = seen.permute(2, 0, 1).unsqueeze(0)  # (1, F, B, K-1+T)
+            return F.conv2d(image, weight, self.bias).squeeze(0).permute(1, 2, 0)
+        taps = torch.cat([seen[:, k : k + time] for k in range(self.kernel_size)], dim=2)  # (B, T, K*F)
+        return F.linear(taps, self.weight, self.bias)
 
-    def _last_state(self, c0: Tensor, c: Tensor, seen: Tensor, lengths: Tensor | None) -> QRNNState:
+    def _last_state(self, c0: Tensor, c: Tensor, seen: Tensor, lengths: Tensor | Sequence[int] | None) -> QRNNState:
         time = c.shape[1]
         if lengths is None:  # cloned: a view would keep the whole sequence in memory, and in every pickle
             return QRNNState((c[:, -1] if time else c0).clone(), seen[:, time:].clone())
-        rows = torch.arange(len(lengths), device=c.device)
+        lengths = torch.as_tensor(lengths, device=c.device).long()
+        rows = torch.arange(lengths.shape[0], device=c.device)
         steps = lengths.unsqueeze(1) + torch.arange(self.kernel_size - 1, device=c.device)  # (B, K-1)
         states = torch.cat([c0.unsqueeze(1), c], dim=1)  # (B, 1+T, H): index t is the state after t steps
         return QRNNState(states[rows, lengths], seen[rows.unsqueeze(1), steps])
@@ -524,7 +720,7 @@ class QRNNLayer(nn.Module):
 
 
 class ShapeError(ValueError, RuntimeError):
-    """Tensors that do not fit. A RuntimeError too, which PyTorch's own layers raise: one `except` serves both."""
+    """Tensors that do not fit, in shape, dtype or device. A RuntimeError too, which PyTorch's own layers raise then."""
 
 
 def check_size(name: str, given: int) -> None:
@@ -537,7 +733,7 @@ def check_size(name: str, given: int) -> None:
 
 def check_probability(name: str, given: float) -> None:
     """Raises ValueError: unless from 0 to 1."""
-    if isinstance(given, bool) or not 0 <= given <= 1:
+    if not isinstance(given, (int, float)) or isinstance(given, bool) or not 0 <= given <= 1:
         raise ValueError(f"{name}: {given!r} given, a probability from 0 to 1 expected")
 
 
@@ -548,11 +744,11 @@ def _check_choice(name: str, given: str, choices: tuple[str, ...]) -> None:
 
 def _check_like(name: str, array: Tensor, like: str, device: torch.device, dtype: torch.dtype | None) -> None:
     if not array.is_floating_point():
-        raise ValueError(f"{name}: dtype {array.dtype} given, a floating dtype expected")
+        raise ShapeError(f"{name}: dtype {array.dtype} given, a floating dtype expected")
     if dtype is not None and array.dtype != dtype:
-        raise ValueError(f"{name}: dtype {array.dtype} given, {dtype} expected, to go with {like}")
+        raise ShapeError(f"{name}: dtype {array.dtype} given, {dtype} expected, to go with {like}")
     if array.device != device:
-        raise ValueError(f"{name}: device {array.device} given, {device} expected, where {like} is")
+        raise ShapeError(f"{name}: device {array.device} given, {device} expected, where {like} is")
 
 
 def _check_pool(

@@ -13,7 +13,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qrnn_layer import ACTIVATIONS, METHODS, MODES, QRNNLayer, QRNNState, pool, signed_pool
+from qrnn_layer import (
+    ACTIVATIONS,
+    METHODS,
+    MODES,
+    QRNNLayer,
+    QRNNState,
+    _cache_sized,
+    _cells,
+    _FusedCells,
+    pool,
+    signed_pool,
+)
 
 LENGTHS = (1, 2, 3, 31, 32, 33, 127, 1000, 65_536)
 FORWARD_BOUND = {"loop": 5e-6, "scan": 5e-6, "blocked": 1e-5, "auto": 1e-5}  # design, section 3
@@ -723,8 +734,65 @@ def test_cells_are_the_output_before_its_gate(mode):
     x, lengths = torch.randn(2, 9, 4), [9, 3]
     h, state = layer(x, lengths=lengths)
     c, o, state_of_cells = layer.cells(x, lengths=lengths)
-    assert torch.equal(h, c if mode == "f" else o * c)
-    assert torch.equal(state.c, state_of_cells.c) and torch.equal(state.c[1], c[1, 2])
+    torch.testing.assert_close(h, c if mode == "f" else o * c)
+    torch.testing.assert_close(state.c, state_of_cells.c)
+    assert torch.equal(state_of_cells.c[1], c[1, 2])
+
+
+@pytest.mark.parametrize("keeps", (False, True))
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@every_mode
+def test_the_fused_form_is_its_definition_with_all_derivatives(mode, activation, keeps):
+    torch.manual_seed(0)
+    shape = 3, 7, 2
+    projection = torch.randn(*shape[:2], MODES[mode] * shape[2], dtype=torch.float64, requires_grad=True)
+    c0 = torch.randn(shape[0], shape[2], dtype=torch.float64, requires_grad=True)
+    keep = torch.rand(shape) < 0.3 if keeps else None
+
+    def fused(projection, c0):
+        c, h = _FusedCells.apply(projection, c0, keep, mode, activation)
+        return c if h is None else torch.stack([c, h])
+
+    def definition(projection, c0):
+        c, o = _cells(projection, c0, keep, mode, activation, "loop")
+        return c if o is None else torch.stack([c, o * c])
+
+    torch.testing.assert_close(fused(projection, c0), definition(projection, c0))
+    weights = torch.randn_like(fused(projection, c0))
+    for got, want in zip(
+        torch.autograd.grad(fused(projection, c0), (projection, c0), weights),
+        torch.autograd.grad(definition(projection, c0), (projection, c0), weights),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-13)
+    assert torch.autograd.gradgradcheck(fused, (projection, c0))
+
+
+def test_the_fused_form_takes_the_batch_in_pieces_and_any_gradient():
+    torch.manual_seed(0)
+    projection = torch.randn(5, 300, 3 * 600, requires_grad=True)  # more than fits a piece
+    assert len(_cache_sized(projection[:, :, :600])) > 1
+    c0 = torch.randn(5, 600)
+    got_c, got_h = _FusedCells.apply(projection, c0, None, "fo", "tanh")
+    c, o = _cells(projection, c0, None, "fo", "tanh", "scan")
+    for got, want in ((got_h, o * c), (got_c, c), (got_c + got_h, c + o * c)):
+        got, want = (torch.autograd.grad(array.sum(), projection, retain_graph=True)[0] for array in (got, want))
+        torch.testing.assert_close(
+            got, want
+        )  # gradients of one output, of the other, of both; expanded ones, as of sum
+
+
+@pytest.mark.parametrize("causal", (True, False))
+@pytest.mark.parametrize("kernel_size", (1, 2, 5))
+def test_large_inference_convolves_and_is_what_training_computes(kernel_size, causal):
+    torch.manual_seed(0)
+    layer = QRNNLayer(16, 6, kernel_size, causal=causal)
+    for shape in ((30, 20, 16), (1, 600, 16), (600, 1, 16)):
+        x = torch.randn(shape)
+        trained, _ = layer(x)
+        with torch.no_grad():
+            inferred, _ = layer(x)
+        torch.testing.assert_close(inferred, trained)
 
 
 def test_the_state_of_chosen_sequences_continues_them():
