@@ -239,9 +239,8 @@ def _check_shape(name: str, part: Tensor, expected: tuple[int, ...]) -> None:
 
 
 def _reversed(x: Tensor, lengths: Tensor | None) -> Tensor:
-    """(B, T, F) with the real steps of each sequence in reverse order, and padding where it was."""
+    """(B, T, F) with the real steps of each sequence in reverse order; after them, anything."""
     if lengths is None:
         return x.flip(1)
-    steps, lengths = torch.arange(x.shape[1], device=x.device), lengths.unsqueeze(1)
-    index = torch.where(steps < lengths, lengths - 1 - steps, steps)  # (B, T)
-    return x.take_along_dim(index.unsqueeze(2), dim=1)
+    index = lengths.unsqueeze(1) - 1 - torch.arange(x.shape[1], device=x.device)  # (B, T)
+    return x.take_along_dim(index.clamp(min=0).unsqueeze(2), dim=1)

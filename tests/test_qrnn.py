@@ -146,6 +146,20 @@ def test_pieces_and_single_steps_with_carried_state_are_the_whole(mode, dense, n
         assert_same_state(state, last)
 
 
+@every_way_of_stacking
+@every_mode
+def test_gradients_through_carried_states_are_those_of_the_whole(mode, dense):
+    rnn, x = build(3, kernel_size=3, mode=mode, dense=dense), draw(2, 11, 4).requires_grad_()
+    outputs, state = [], None
+    for piece in x.split([5, 1, 5], dim=1):
+        output, state = rnn(piece, state)
+        outputs.append(output)
+    weights = draw(2, 11, 6)
+    (got,) = torch.autograd.grad((torch.cat(outputs, dim=1) * weights).sum(), x)
+    (want,) = torch.autograd.grad((rnn(x)[0] * weights).sum(), x)
+    torch.testing.assert_close(got, want)
+
+
 @pytest.mark.parametrize("kernel_size", (1, 2, 5))
 @every_way_of_stacking
 @every_mode
@@ -219,6 +233,15 @@ def test_cell_states_alone_are_a_state_with_windows_of_zeros():
     windows = tuple(torch.zeros(1, 2, layer.input_size, dtype=torch.float64) for layer in rnn.layers)
     assert torch.equal(rnn(x, c)[0], rnn(x, QRNNStackState(c, windows))[0])
     assert torch.equal(rnn(x[0], c[:, 0])[0], rnn(x[:1], c[:, :1])[0][0])  # without a batch
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+def test_zeros_in_the_half_precision_of_the_weights_are_a_state(dtype):
+    """As `weight.new_zeros` gives them; the state itself is float32."""
+    rnn, x = build(2, dtype=dtype), draw(2, 9, 4, dtype=torch.float32).to(dtype)
+    output, state = rnn(x, rnn.layers[0].weight.new_zeros(2, 2, 6))
+    assert torch.equal(output, rnn(x)[0])
+    assert state.c.dtype == torch.float32
 
 
 def test_nothing_is_remembered_in_the_module():
