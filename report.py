@@ -78,7 +78,11 @@ def write_report(
     content = provenance(seed=config.seed, device=device) | {
         "interrupted": interrupted,
         "wall_seconds": sum(result["wall_seconds"] for result in results),
-        "config": {name: value for name, value in asdict(config).items() if name not in ("data", "resume", "generate")},
+        "config": {
+            name: value.name if isinstance(value, Path) else value  # folders are private
+            for name, value in asdict(config).items()
+            if name not in ("data", "resume", "generate")
+        },
         "corpus": corpus,
         "best_possible": layout.best_possible,
         "peak_memory": "allocated on the GPU" if device == "cuda" else "of the whole process, data included",

@@ -1,0 +1,418 @@
+"""QRNN against LSTM as readers of reviews (paper, section 3.1): `python examples/sentiment.py --help`."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project's root: it runs from a checkout
+
+from reviews import FOLDS, LABELS, Batch, Review, ReviewBatches, load_reviews, read_vectors
+
+from comparison import RunConfig, Task, count_parameters, exit_code, matched_width, parse, run
+from corpora import build_vocabulary, encode
+from qrnn import QRNN
+from report import NAMES, Layout
+from settings import check_range
+from training import Carried
+
+EVALUATION_ROWS = 32
+HEAD_BATCHES = 4  # of the validation split, to time evaluation on
+INITIAL_RANGE = 0.25  # of the word vectors: about the spread of GloVe's (Kim 2014, section 3)
+EXAMPLES = 3  # reviews of a kind that the report shows,
+EXAMPLE_WORDS = 40  # and how much of each
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is compared: models and reviews."""
+
+    preset: Literal["paper", "mr", "demo"] = "paper"
+    """Where all other flags start from.
+    demo: generated sentences whose best possible accuracy is known; half a minute. --demo is short for it.
+    mr: rt-polarity, give it by --data; 10 minutes on 2 CPU cores.
+    paper: IMDb as in the QRNN paper; for a GPU."""
+
+    corpus: Literal["imdb", "rt-polarity", "synthetic"] = "imdb"
+    """imdb: whole reviews, downloaded or from --data. rt-polarity: sentences, from --data. synthetic: generated."""
+    data: Path | None = None
+    """Folder with the corpus: aclImdb as it was unpacked, or rt-polarity.pos and rt-polarity.neg."""
+    fold: int = 0
+    """0 to 9. rt-polarity: the tenth that is test; the next is validation. imdb: the tenth of train that is validation.
+    """
+    vocabulary: int | None = 30_000
+    """How many different words to know, the most frequent ones of train; others count as <unk>. None: all."""
+    glove: Path | None = None
+    """Text file with a word and its vector on each line, as GloVe's; training goes on from there. None: random ones."""
+    batch_size: int = 24
+    """Reviews a step, over all processes together."""
+
+    embedding: int = 300
+    """Width of the word vectors."""
+    hidden: int = 256
+    """Width of each QRNN layer; the LSTM's follows from it: as many recurrent parameters."""
+    layers: int = 4
+    """Recurrent layers of either model, each fed with the words and the outputs of all layers before it."""
+    kernel_size: int = 2
+    """QRNN: how many words each step sees, itself and those before it."""
+    mode: Literal["f", "fo", "ifo"] = "fo"
+    """QRNN: its gates: forget; forget and output; input, forget and output."""
+    activation: Literal["softplus", "exp", "sigmoid", "relu", "tanh", "identity"] = "tanh"
+    """QRNN: of the candidate."""
+    encoding: Literal["last", "mean", "max"] = "last"
+    """What the classifier sees of the last layer: the last output, as in the paper, or the mean or the largest of all.
+    """
+    dropout: float = 0.3
+    """Dropout on the word vectors, between the recurrent layers, and before the classifier."""
+
+
+@dataclass(frozen=True)
+class Config(RunConfig, Comparison):  # in --help the fields of the last base come first
+    """Train a QRNN and an LSTM to tell good reviews from bad ones, in the same way, and compare them.
+
+    A preset sets everything, each flag changes one thing. The comparison and all else goes to runs/NAME.
+    """
+
+    def check(self) -> None:
+        """Raises InputError: a value out of range."""
+        super().check()
+        for name in ("batch_size", "embedding", "hidden", "layers", "kernel_size"):
+            check_range(name, getattr(self, name), low=1)
+        check_range("dropout", self.dropout, low=0, high=1)
+        check_range("fold", self.fold, low=0, high=FOLDS - 1)
+        if self.vocabulary is not None:
+            check_range("vocabulary", self.vocabulary, low=3)  # <eos>, <unk> and a word
+
+
+PRESETS = {
+    "paper": Config(epochs=10, optimizer="rmsprop", lr=1e-3, weight_decay=4e-6),
+    "mr": Config(
+        preset="mr",
+        corpus="rt-polarity",
+        vocabulary=10_000,
+        epochs=5,
+        optimizer="rmsprop",
+        lr=1e-3,
+        weight_decay=4e-6,
+    ),
+    "demo": Config(
+        preset="demo",
+        corpus="synthetic",
+        vocabulary=None,
+        embedding=32,
+        hidden=24,
+        layers=2,
+        mode="ifo",  # counts: what it adds and what it keeps are two gates
+        epochs=5,
+        optimizer="rmsprop",
+        lr=5e-3,
+        schedule="one-cycle",
+        weight_decay=4e-6,
+        dropout=0.1,
+    ),
+}
+
+
+# --- the models ------------------------------------------------------------------------------------------------------
+
+
+class DenseLSTM(nn.Module):
+    """LSTM layers, each fed with the input and the outputs of all layers before it: the paper's baseline.
+
+    Args:
+        input_size: features F of the input.
+        hidden_size: units H of every layer.
+        num_layers: how many.
+        dropout: on the outputs of each layer but the last.
+    """
+
+    def __init__(self, input_size: int, hidden_size: int, num_layers: int, dropout: float) -> None:
+        super().__init__()
+        self.dropout = nn.Dropout(dropout)
+        self.layers = nn.ModuleList(
+            nn.LSTM(input_size + layer * hidden_size, hidden_size, batch_first=True) for layer in range(num_layers)
+        )
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        """(B, T, F) -> (B, T, H), the output of the last layer; no state, as nobody goes on from here."""
+        *lower, last = self.layers
+        for layer in lower:
+            x = torch.cat([x, self.dropout(layer(x)[0])], dim=2)
+        return last(x)[0], None
+
+
+class Classifier(nn.Module):
+    """Reads a review and says how likely it is positive.
+
+    Args:
+        rnn: (B, T, embedding) -> (B, T, hidden), and something else. It never looks ahead, so that padding on the right
+            cannot change the outputs of the words before it.
+        hidden: the width of its output.
+        vocabulary: number of words.
+        embedding: width of the word vectors.
+        encoding: "last", "mean" or "max", see `Comparison`.
+        dropout: probability, on the word vectors and before the classifier.
+    """
+
+    def __init__(
+        self, rnn: nn.Module, hidden: int, vocabulary: int, embedding: int, *, encoding: str, dropout: float
+    ) -> None:
+        super().__init__()
+        self.rnn, self.hidden, self.encoding = rnn, hidden, encoding
+        self.embedding = nn.Embedding(vocabulary, embedding)
+        self.dropout = nn.Dropout(dropout)
+        self.logit = nn.Linear(hidden, 1)
+        nn.init.uniform_(self.embedding.weight, -INITIAL_RANGE, INITIAL_RANGE)
+
+    def forward(self, words: Tensor, lengths: Tensor) -> Tensor:
+        """The log-odds of "positive", (B,).
+
+        Args:
+            words: (B, T), int64.
+            lengths: (B,), at least 1: what comes after words[b, : lengths[b]] is padding.
+        """
+        h, _ = self.rnn(self.dropout(self.embedding(words)))  # (B, T, H)
+        padding = torch.arange(h.shape[1], device=h.device) >= lengths.unsqueeze(1)  # (B, T)
+        if self.encoding == "last":
+            encoded = h[torch.arange(len(h), device=h.device), lengths - 1]  # (B, H)
+        elif self.encoding == "mean":
+            encoded = h.masked_fill(padding.unsqueeze(2), 0).sum(1) / lengths.unsqueeze(1)
+        else:
+            encoded = h.masked_fill(padding.unsqueeze(2), -torch.inf).amax(1)
+        return self.logit(self.dropout(encoded)).squeeze(1)
+
+
+def build_qrnn(config: Config, hidden: int) -> QRNN:
+    return QRNN(
+        config.embedding,
+        hidden,
+        config.layers,
+        batch_first=True,
+        dropout=config.dropout if config.layers > 1 else 0.0,  # with one layer there is nothing between layers
+        kernel_size=config.kernel_size,
+        mode=config.mode,
+        activation=config.activation,
+        dense=True,
+    )
+
+
+def build_lstm(config: Config, hidden: int) -> DenseLSTM:
+    return DenseLSTM(config.embedding, hidden, config.layers, config.dropout)
+
+
+def build_model(config: Config, name: str, vocabulary: int) -> Classifier:
+    """The classifier "qrnn" or "lstm", initialised from the seed."""
+    hidden, build = config.hidden, {"qrnn": build_qrnn, "lstm": build_lstm}[name]
+    if name == "lstm":
+        with torch.device("meta"):
+            target = count_parameters(build_qrnn(config, hidden))
+        hidden = matched_width(target, lambda width: build_lstm(config, width))
+    torch.manual_seed(config.seed)
+    return Classifier(
+        build(config, hidden),
+        hidden,
+        vocabulary,
+        config.embedding,
+        encoding=config.encoding,
+        dropout=config.dropout,
+    )
+
+
+def label_loss(model: nn.Module, batch: Batch, carried: Carried) -> tuple[Tensor, Tensor, Carried]:
+    """The negative log-likelihoods of the labels, summed, in nats; how many they are; no state. A `training.Step`."""
+    logits = model(batch.words, batch.lengths).float()  # (B,)
+    losses = F.binary_cross_entropy_with_logits(logits, batch.labels.float(), reduction="none")
+    precise = torch.float32 if losses.device.type == "mps" else torch.float64  # MPS has no float64
+    return losses.sum(dtype=precise), losses.new_tensor(len(losses)), carried
+
+
+# --- how good they are -----------------------------------------------------------------------------------------------
+
+
+class Prediction(NamedTuple):
+    """What a model made of one review."""
+
+    words: list[int]
+    label: int
+    positive: float  # the probability of label 1
+
+    @property
+    def right(self) -> bool:
+        return (self.positive > 0.5) == self.label
+
+    @property
+    def certainty(self) -> float:
+        """The probability of what was predicted."""
+        return max(self.positive, 1 - self.positive)
+
+
+@torch.no_grad()
+def predict(model: Classifier, batches: ReviewBatches) -> list[Prediction]:
+    """What the model says of every review of a split. It is put into eval mode."""
+    model.eval()
+    device, predictions = model.embedding.weight.device, []
+    for batch in batches.epoch(0):
+        words, lengths, labels = batch
+        positive = model(words.to(device), lengths.to(device)).double().sigmoid().tolist()
+        rows = (row[:length].tolist() for row, length in zip(words, lengths, strict=True))
+        predictions += map(Prediction, rows, labels.tolist(), positive)
+    return predictions
+
+
+def accuracy(predictions: list[Prediction]) -> dict[str, float]:
+    """The accuracy and the ends of its 95 % confidence interval, in %.
+
+    Wilson's score interval (E. B. Wilson 1927, JASA 22, 209-212): unlike p +- z s it never leaves 0 to 100.
+    """
+    count, z = len(predictions), 1.959964  # the normal distribution has 2.5 % above z
+    p = sum(prediction.right for prediction in predictions) / count
+    centre = (p + z**2 / (2 * count)) / (1 + z**2 / count)
+    half = z / (1 + z**2 / count) * math.sqrt(p * (1 - p) / count + (z / (2 * count)) ** 2)
+    return {"accuracy": 100 * p, "low": 100 * (centre - half), "high": 100 * (centre + half)}
+
+
+def describe_accuracy(measured: dict[str, float] | None) -> str:
+    """For example "77.4 (74.8 to 79.8)"."""
+    return "not read" if measured is None else "{accuracy:.2f} ({low:.1f} to {high:.1f})".format(**measured)
+
+
+def most_certain(predictions: list[Prediction], tokenizer: Tokenizer) -> list[dict[str, Any]]:
+    """The right ones and then the wrong ones of which the model is most certain, `EXAMPLES` of each, as JSON values."""
+    chosen = []
+    for right in (True, False):
+        kind = [prediction for prediction in predictions if prediction.right == right]
+        chosen += sorted(kind, key=lambda prediction: -prediction.certainty)[:EXAMPLES]
+    return [
+        {
+            "predicted": LABELS[prediction.positive > 0.5],
+            "probability": prediction.certainty,
+            "label": LABELS[prediction.label],
+            "words": [tokenizer.id_to_token(word) for word in prediction.words[:-1]],  # without EOS
+        }
+        for prediction in chosen
+    ]
+
+
+def examples(results: list[dict[str, Any]], folder: Path) -> list[str]:
+    """The part of the report that shows what the models are sure of."""
+    lines = ["", "Validation reviews as the models read them, those with the surest predictions, right and wrong:"]
+    for result in results:
+        lines += ["", f"## What the {NAMES[result['model']]} is surest of", "", "```text"]
+        for example in result["examples"]:
+            verdict = "right" if example["predicted"] == example["label"] else "WRONG"
+            words, more = example["words"][:EXAMPLE_WORDS], " ..." * (len(example["words"]) > EXAMPLE_WORDS)
+            lines.append(
+                f"{verdict}, {100 * example['probability']:.2f} % {example['predicted']}: {' '.join(words)}{more}"
+            )
+        lines.append("```")
+    return lines
+
+
+# --- the task --------------------------------------------------------------------------------------------------------
+
+
+class Sentiment(Task):
+    """Tell positive reviews from negative ones.
+
+    Args:
+        config: checked.
+
+    Raises:
+        CorpusError: the reviews or the word vectors are not there, or not what they should be.
+    """
+
+    step = staticmethod(label_loss)
+    hint = "That is long: it is meant for a GPU. On 2 CPU cores --preset mr takes about 10 minutes, --demo half of one."
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        reviews = load_reviews(config.corpus, config.data, config.fold, config.seed)
+        self.tokenizer = build_vocabulary((review.words for review in reviews.train), config.vocabulary)
+        vocabulary = self.tokenizer.get_vocab()
+        self.vectors = {} if config.glove is None else read_vectors(config.glove, vocabulary, config.embedding)
+        self.train = self.batches(reviews.train, config.batch_size, shuffle=True)
+        self.valid = self.batches(reviews.valid, EVALUATION_ROWS)
+        self.head = self.batches(reviews.valid[: HEAD_BATCHES * EVALUATION_ROWS], EVALUATION_ROWS)
+        self.test = self.batches(reviews.test, EVALUATION_ROWS)
+        splits = {"train": reviews.train, "valid": reviews.valid, "test": reviews.test}
+        text = "\n".join(f"{review.label} {' '.join(review.words)}" for split in splits.values() for review in split)
+        self.fingerprint = {
+            "name": config.corpus,
+            "source": reviews.source,
+            "sha256_of_words": hashlib.sha256(text.encode()).hexdigest(),
+            "vocabulary": len(vocabulary),
+            "ready_made_vectors": len(self.vectors),
+            "padding": round(self.train.padding, 4),
+        } | {f"{name}_reviews": len(split) for name, split in splits.items()}
+        self.files = {"vocabulary.json": self.tokenizer.to_str(pretty=True)}
+        columns = {"valid": "validation accuracy, %", "test": "test accuracy, %"}
+        self.layout = Layout(
+            unit="reviews",
+            measure="loss",
+            convert=float,
+            columns={
+                column: lambda result, split=split: describe_accuracy(result[split])
+                for split, column in columns.items()
+            },
+            best_possible={column: reviews.best[split] for split, column in columns.items()} if reviews.best else {},
+            facts=[
+                "In brackets Wilson's 95 % confidence interval, which is about the choice of the reviews, not of the "
+                "seed. Test is read once, at the epoch with the lowest validation loss (cross entropy).",
+                "Reviews: {train_reviews:,} for training, {valid_reviews:,} for validation, {test_reviews:,} for test. "
+                "{vocabulary:,} words, {ready_made_vectors:,} of them with a ready-made vector.".format(
+                    **self.fingerprint
+                ),
+            ],
+            sections=examples,
+        )
+
+    def batches(self, reviews: list[Review], rows: int, shuffle: bool = False) -> ReviewBatches:
+        sequences = encode(self.tokenizer, [review.words for review in reviews])
+        labels = [review.label for review in reviews]
+        return ReviewBatches(sequences, labels, rows, seed=self.config.seed, shuffle=shuffle)
+
+    def build(self, name: str) -> Classifier:
+        model = build_model(self.config, name, self.tokenizer.get_vocab_size())
+        with torch.no_grad():
+            for index, vector in self.vectors.items():
+                model.embedding.weight[index] = vector
+        return model
+
+    def recurrent(self, model: Classifier) -> nn.Module:
+        return model.rnn
+
+    def judge(self, model: Classifier, valid_loss: float, finished: bool) -> dict[str, Any]:
+        predictions = predict(model, self.valid)
+        return {
+            "valid_loss": valid_loss,
+            "valid": accuracy(predictions),
+            "test": accuracy(predict(model, self.test)) if finished else None,
+            "examples": most_certain(predictions, self.tokenizer),
+        }
+
+
+# --- the command line ------------------------------------------------------------------------------------------------
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The exit code: 0, 1 if the run failed, 2 if the input was wrong, 130 if it was interrupted."""
+
+    def command() -> int:
+        config = parse(["--preset=demo" if word == "--demo" else word for word in arguments], PRESETS)
+        return run(config, lambda processes: Sentiment(config))
+
+    return exit_code(command)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
