@@ -26,13 +26,26 @@ from experiment import build_model
 from instruments import Row, Shape, interleaved, peak_mib, speed_rows, time_shares
 from language_model import next_word_loss
 from machine import provenance
-from peers import LOOPS, PEERS, WAYS, Missing, Way, compiled, load, loop_by_autograd, one_line, versions
+from peers import (
+    LOOPS,
+    PEERS,
+    WAYS,
+    Missing,
+    Way,
+    compiled,
+    indexing_loop_by_autograd,
+    load,
+    loop_by_autograd,
+    one_line,
+    versions,
+)
 from presets import PRESETS, Config
 from qrnn_layer import QRNNLayer, pool
 from settings import InputError
 from training import Trainer
 
 RESULTS = Path(__file__).parent / "results"
+Problem = tuple[Tensor, Tensor]  # log_f and log_x, (B, T, H) both
 LAYERS: dict[str, Callable[[int], nn.Module]] = {
     "QRNN": lambda width: QRNNLayer(width, width, 2, "fo"),
     "LSTM": lambda width: nn.LSTM(width, width, batch_first=True),
@@ -40,6 +53,7 @@ LAYERS: dict[str, Callable[[int], nn.Module]] = {
 }
 TRAINING, STACKED = "training", "training inside a stack"  # the second one also computes the gradient of the input
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+progress = partial(tqdm, mininterval=0.5 if sys.stderr.isatty() else 60)
 SENTENCE = 25  # words, about the mean of WikiText-2
 
 
@@ -50,7 +64,7 @@ class Grid(NamedTuple):
     batches: tuple[int, ...]
     lengths: tuple[int, ...]
     parts: tuple[str, ...]
-    memory: bool  # whether to measure that as well
+    memory: bool = False  # whether to measure that as well
 
 
 @dataclass(frozen=True)
@@ -64,12 +78,13 @@ class Plan:
         (32, 128, 640),
         (32, 512, 640),
     )
-    longest_loop: int = 16_384
+    longest_loop: int = 2048
     compiled_shapes: tuple[Shape, ...] = ((32, 128, 640), (32, 512, 640))  # compiling takes minutes each
     grids: tuple[Grid, ...] = (
         # the paper's Fig. 4
-        Grid(320, (8, 16, 32, 64, 128, 256), (32, 64, 128, 256, 512), ("inference", TRAINING), memory=False),
-        Grid(640, (8, 32, 128), (32, 128, 512), ("inference", TRAINING, STACKED), memory=True),
+        Grid(320, (8, 16, 32, 64, 128, 256), (32, 64, 128, 256, 512), ("inference", TRAINING)),
+        Grid(640, (8, 32, 128), (32, 128, 512), ("inference", TRAINING), memory=True),
+        Grid(640, (8, 32), (32, 128, 512), (STACKED,)),
     )
     presets: tuple[Config, ...] = (PRESETS["girrbach"], PRESETS["small"])
     scaling_shapes: tuple[Shape, ...] = (
@@ -87,14 +102,14 @@ PLAN = Plan()
 # --- exactness -------------------------------------------------------------------------------------------------------
 
 
-def gates(shape: Shape, bias: float, device: str, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    """log_f and log_x, (B, T, H) both, as a layer of mode "fo" with softplus makes them."""
+def gates(shape: Shape, bias: float, device: str, dtype: torch.dtype = torch.float32) -> Problem:
+    """log_f and log_x as a layer of mode "fo" with softplus makes them."""
     a = torch.randn(shape, device=device) + bias
     log_x = F.logsigmoid(-a) + F.softplus(torch.randn(shape, device=device)).log()
     return F.logsigmoid(a).to(dtype), log_x.to(dtype)
 
 
-def gradients(way: Way, problem: tuple[Tensor, Tensor], weights: Tensor) -> tuple[Tensor, ...]:
+def gradients(way: Way, problem: Problem, weights: Tensor) -> tuple[Tensor, ...]:
     """Forward and backward."""
     leaves = [array.detach().requires_grad_() for array in problem]
     return torch.autograd.grad(way(*leaves), leaves, weights)
@@ -103,7 +118,7 @@ def gradients(way: Way, problem: tuple[Tensor, Tensor], weights: Tensor) -> tupl
 def precision(plan: Plan, device: str, budget: float) -> list[Row]:
     """Largest relative error of h, and relative L2 error of the gradient of log_f, against the loop in float64."""
     rows = []
-    for time in tqdm(plan.precision_lengths, desc="precision", unit="length"):
+    for time in progress(plan.precision_lengths, desc="precision", unit="length"):
         for bias in plan.precision_biases:
             problem = gates((2, time, 16), bias, device)
             weights = torch.randn_like(problem[0])
@@ -111,6 +126,8 @@ def precision(plan: Plan, device: str, budget: float) -> list[Row]:
             want = pool(*doubles, method="loop")
             want_gradient = gradients(loop_by_autograd, doubles, weights.double())[0]
             for name, way in WAYS.items():
+                if way is indexing_loop_by_autograd:  # rounds as the other loop does, and takes minutes
+                    continue
                 error = ((way(*problem).double() - want).abs() / want).max().item()
                 gradient = gradients(way, problem, weights)[0].double()
                 rows.append(
@@ -128,13 +145,13 @@ def pool_call(shape: Shape, name: str, dtype: str, backward: bool, device: str) 
     return call_way(load(name, device), gates(shape, 0.0, device, DTYPES[dtype]), backward)
 
 
-def call_way(way: Way, problem: tuple[Tensor, Tensor], backward: bool) -> Callable[[], object]:
+def call_way(way: Way, problem: Problem, backward: bool) -> Callable[[], object]:
     if backward:
         return partial(gradients, way, problem, torch.randn_like(problem[0]))
     return torch.no_grad()(partial(way, *problem))
 
 
-def try_way(way: Way, problem: tuple[Tensor, Tensor]) -> None:
+def try_way(way: Way, problem: Problem) -> None:
     """Raises Missing: the way does not run on this problem, or it computes something else."""
     try:
         gradients(way, problem, torch.ones_like(problem[0]))
@@ -147,21 +164,31 @@ def try_way(way: Way, problem: tuple[Tensor, Tensor]) -> None:
         raise Missing(f"wrong: relative error {error:.0e}")
 
 
-def runnable(plan: Plan, shape: Shape, problem: tuple[Tensor, Tensor], device: str) -> tuple[dict[str, Way], list[Row]]:
+def runnable(loaders: dict[str, Callable[[], Way]], problem: Problem) -> tuple[dict[str, Way], list[Row]]:
     """The ways to pool that run on this problem, and a row for each that does not, with the reason."""
     ways, skipped = {}, []
-    for name in (*WAYS, *PEERS):
+    for name, loader in loaders.items():
         try:
-            if name in LOOPS and shape[1] > plan.longest_loop:
-                raise Missing(f"slow: not tried beyond T = {plan.longest_loop:,}")
-            way = load(name, device)
+            way = loader()
             try_way(way, problem)
             ways[name] = way
         except Missing as reason:
             skipped.append({"what": name, "skipped": str(reason)})
-    if device == "cuda" and shape in plan.compiled_shapes:
-        ways |= compiled()
     return ways, skipped
+
+
+def loaders(plan: Plan, shape: Shape, device: str) -> dict[str, Callable[[], Way]]:
+    """What to try at this shape; compiling takes too long to do it at every one."""
+    tried = {name: partial(load, name, device) for name in (*WAYS, *PEERS)}
+    if shape[1] > plan.longest_loop:
+        tried |= {name: partial(too_long, plan.longest_loop) for name in LOOPS}
+    if device == "cuda" and shape in plan.compiled_shapes:
+        tried |= compiled()
+    return tried
+
+
+def too_long(limit: int) -> Way:
+    raise Missing(f"slow: not tried beyond T = {limit:,}")
 
 
 def pooling(plan: Plan, device: str, budget: float) -> list[Row]:
@@ -169,9 +196,9 @@ def pooling(plan: Plan, device: str, budget: float) -> list[Row]:
     rows = []
     dtypes = ("float32", "bfloat16") if device == "cuda" else ("float32",)
     cells = [(shape, dtype) for shape in plan.pool_shapes for dtype in dtypes]
-    for shape, dtype in tqdm(cells, desc="pooling", unit="cell"):
+    for shape, dtype in progress(cells, desc="pooling", unit="cell"):
         problem = gates(shape, 0.0, device, DTYPES[dtype])
-        ways, skipped = runnable(plan, shape, problem, device)
+        ways, skipped = runnable(loaders(plan, shape, device), problem)
         cell = dict(zip("BTH", shape, strict=True)) | {"dtype": dtype}
         rows += [cell | row for row in skipped]
         for part, backward in (("forward", False), ("forward + backward", True)):
@@ -215,13 +242,13 @@ def layer(plan: Plan, device: str, budget: float) -> list[Row]:
         for time in grid.lengths
         for part in grid.parts
     ]
-    bar = tqdm(cells, desc="layer", unit="cell")
+    bar = progress(cells, desc="layer", unit="cell")
     return [row for shape, part, memory in bar for row in layer_rows(shape, (*LAYERS,), part, memory, device, budget)]
 
 
 def scaling(plan: Plan, device: str, budget: float) -> list[Row]:
     """Milliseconds and memory of training a layer, as T and B grow."""
-    bar = tqdm(plan.scaling_shapes, desc="scaling", unit="shape")
+    bar = progress(plan.scaling_shapes, desc="scaling", unit="shape")
     return [row for shape in bar for row in layer_rows(shape, ("QRNN", "LSTM"), TRAINING, True, device, budget)]
 
 
@@ -238,7 +265,7 @@ def profile(plan: Plan, device: str, budget: float) -> list[Row]:
 def experiment(plan: Plan, device: str, budget: float) -> list[Row]:
     """Tokens a second of training steps of experiment.py, on random words."""
     rows = []
-    for config in tqdm(plan.presets, desc="experiment", unit="preset"):
+    for config in progress(plan.presets, desc="experiment", unit="preset"):
         for amp in (None, "bf16") if device == "cuda" else (None,):
             # epochs: a one-cycle schedule goes on for as long as the rounds do
             settings = replace(config, device=device, amp=amp, epochs=10**6)
@@ -278,11 +305,12 @@ def roofline(plan: Plan, device: str, budget: float) -> list[Row]:
         "layer, inference": (layer_call(shape, "QRNN", "inference", device), 2 * states + weights, products),
         f"layer, {STACKED}": (layer_call(shape, "QRNN", STACKED, device), 5 * states + 3 * weights, 3 * products),
     }
+    rows = []
     if device == "cuda":
-        for name, way in compiled().items():
+        ways, rows = runnable(compiled(), problem)
+        for name, way in ways.items():
             calls[f"pooling, forward: {name}"] = call_way(way, problem, False), 3 * states, 2 * states
     times = interleaved({name: call for name, (call, _, _) in calls.items()}, budget)
-    rows = []
     for row in speed_rows(times, **dict(zip("BTH", shape, strict=True))):
         _, elements, flops = calls[row["what"]]
         rows.append(row | {"gb_per_s": 4e-6 * elements / row["ms"], "gflop_per_s": 1e-6 * flops / row["ms"]})
