@@ -21,7 +21,6 @@ from sentiment import PRESETS, Config, Prediction, Sentiment, accuracy, build_mo
 from checkpoint import load_checkpoint
 from comparison import count_parameters, parse
 from corpora import EOS_ID, CorpusError, build_vocabulary, encode
-from training import StopSignal
 
 TINY = ["--preset", "mr", "--data", "mr", "--embedding", "8", "--hidden", "6", "--layers", "2", "--vocabulary", "None"]
 TINY += ["--epochs", "2", "--batch-size", "8", "--device", "cpu", "--name", "x"]
@@ -175,7 +174,7 @@ def test_glove_vectors_start_the_known_words(folder):
     (folder / "glove.txt").write_text("good1 1 2 3 4 5 6 7 -8\nbad1 1 1 1 1 1 1 1 1\n")
     assert main([*TINY, "--glove", "glove.txt", "--models", "qrnn"]) == 0
     assert results("x")["corpus"]["ready_made_vectors"] == 2
-    assert "2 of them with a ready-made vector" in Path("runs/x/report.md").read_text()
+    assert "2 with a ready-made vector" in Path("runs/x/report.md").read_text()
     task = Sentiment(parse([*TINY, "--glove", "glove.txt"], PRESETS))
     weight = task.build("lstm").embedding.weight[task.tokenizer.token_to_id("good1")]
     assert weight.tolist() == [1, 2, 3, 4, 5, 6, 7, -8] and weight.requires_grad
@@ -213,15 +212,13 @@ def test_the_default_is_the_setting_of_the_paper():
     config = parse([], PRESETS)
     wanted = {"layers": 4, "hidden": 256, "embedding": 300, "kernel_size": 2, "mode": "fo", "activation": "tanh"}
     wanted |= {"dropout": 0.3, "batch_size": 24, "optimizer": "rmsprop", "lr": 1e-3, "weight_decay": 4e-6}
-    wanted |= {"corpus": "imdb", "encoding": "last", "schedule": "constant"}
+    wanted |= {"corpus": "imdb", "schedule": "constant"}
     assert {name: getattr(config, name) for name in wanted} == wanted
 
 
-@pytest.mark.parametrize("encoding", ("last", "mean", "max"))
 @pytest.mark.parametrize("name", ("qrnn", "lstm"))
-def test_the_other_reviews_of_a_batch_change_nothing(name, encoding):
-    config = Config(embedding=8, hidden=6, layers=3, encoding=encoding)
-    model = build_model(config, name, vocabulary=20).double().eval()
+def test_the_other_reviews_of_a_batch_change_nothing(name):
+    model = build_model(Config(embedding=8, hidden=6, layers=3), name, vocabulary=20).double().eval()
     words, lengths = torch.randint(20, (5, 30)), torch.tensor([1, 7, 30, 12, 2])
     together = model(words, lengths)
     alone = [model(row[None, :length], length[None]) for row, length in zip(words, lengths, strict=True)]
@@ -266,7 +263,7 @@ def test_surest_predictions_come_first_and_wrong_ones_last():
 
 
 def test_demo_comes_close_to_the_best_possible_accuracy(capsys):
-    assert main(["--demo", "--device", "cpu"]) == 0
+    assert main(["--demo", "--epochs", "3", "--device", "cpu"]) == 0
     best = synthetic(seed=0).best
     report = Path("runs/demo-0/report.md").read_text()
     assert f"{best['test']:.2f}" in next(line for line in report.splitlines() if "best possible" in line)
@@ -277,7 +274,11 @@ def test_demo_comes_close_to_the_best_possible_accuracy(capsys):
 def test_report_shows_accuracies_and_examples(capsys):
     assert main(TINY) == 0
     printed, report = capsys.readouterr().out, Path("runs/x/report.md").read_text()
-    assert "reviews an epoch" in printed and "reviews/s" in printed and "94 for training, 13 for validation" in report
+    assert (
+        "reviews an epoch" in printed
+        and "reviews/s" in printed
+        and "94 reviews for training, 13 for validation" in report
+    )
     for model in results("x")["models"]:
         for split in ("valid", "test"):
             cell = f"{model[split]['accuracy']:.2f} ({model[split]['low']:.1f} to {model[split]['high']:.1f})"
@@ -305,15 +306,11 @@ def test_test_accuracy_is_that_of_the_best_weights_review_by_review():
     assert len(predict(model, task.test)) == len(reviews)
 
 
-def test_the_same_again_and_finished_models_are_not_trained_again():
-    assert main(TINY) == 0
+def test_finished_models_are_not_trained_again():
+    assert main([*TINY, "--models", "qrnn"]) == 0
     before = results("x")["models"]
-    assert main([*TINY, "--resume"]) == 0
+    assert main([*TINY, "--models", "qrnn", "--resume"]) == 0
     assert results("x")["models"] == before
-    assert main([*TINY, "--name", "y"]) == 0
-    for one, other in zip(before, results("y")["models"], strict=True):
-        for key in ("best_epoch", "valid_loss", "valid", "test", "examples"):
-            assert one[key] == other[key]
 
 
 def test_interrupted_and_resumed_is_as_never_interrupted(monkeypatch):
@@ -360,7 +357,7 @@ def refused(capsys: pytest.CaptureFixture, arguments: list[str]) -> str:
         (["--fold", "10"], "--fold 10"),
         (["--fold", "-1"], "--fold -1"),
         (["--preset", "huge"], "huge"),
-        (["--encoding", "first"], "first"),
+        (["--mode", "of"], "of"),
         (["--dropout", "1.5"], "--dropout 1.5"),
         (["--hidden", "0"], "--hidden 0"),
         (["--vocabulary", "5000000"], "5"),
@@ -382,5 +379,5 @@ def test_help_says_what_everything_is(capsys):
         sentiment.main(["--help"])
     printed = capsys.readouterr().out
     assert stopped.value.code == 0
-    for flag in ("--preset", "--demo", "--fold", "--glove", "--encoding", "--resume"):
+    for flag in ("--preset", "--demo", "--fold", "--glove", "--dropout", "--resume"):
         assert flag in printed
