@@ -17,7 +17,8 @@ from qrnn_layer import QRNNLayer, QRNNState, ShapeError, check_probability, chec
 class QRNNStackState(NamedTuple):
     """Everything a `QRNN` remembers between two calls; L layers in D directions, forward before reverse in each layer.
 
-    The batch is dimension 1 of every tensor, as in the states of nn.LSTM, and missing if the input had none.
+    The batch is dimension 1 of every tensor, as in the states of nn.LSTM, and missing if the input had none. Where only
+    plain tuples are loaded, as by `torch.load`, save `tuple(state)`: it is a state as well.
 
     Attributes:
         c: (L * D, B, H), the cell states after the last step; at least float32.
@@ -27,8 +28,20 @@ class QRNNStackState(NamedTuple):
     c: Tensor
     window: tuple[Tensor, ...]
 
+    def detach(self) -> QRNNStackState:
+        """Without the history, for truncated backpropagation through time."""
+        return _map_state(Tensor.detach, self)
+
     def index_select(self, index: Tensor) -> QRNNStackState:
-        """The state of the sequences `index`, (N,) int64, of the batch: a beam search goes on with those it keeps."""
+        """The state of the sequences `index`, (N,) int64, of the batch: a beam search goes on with those it keeps.
+
+        Raises:
+            ShapeError: the state has no batch.
+        """
+        if self.c.dim() != 3:
+            raise ShapeError(
+                f"state: c of shape {tuple(self.c.shape)} has no batch to select from, (L * D, B, H) expected"
+            )
         return _map_state(lambda part: part.index_select(1, index), self)
 
 
@@ -43,7 +56,8 @@ class QRNN(nn.Module):
     >>> output, state = rnn(torch.randn(8, 100, 32))          # output: (8, 100, 64)
     >>> output, state = rnn(torch.randn(8, 50, 32), state)    # the next 50 steps
 
-    What differs: the state is (c, window) where that of nn.LSTM is (h, c); the last output is `output[:, -1]`.
+    What differs: the state is (c, window) where that of nn.LSTM is (h, c). The last output is in the output: at the last
+    step, of packed sequences at the last step of each, of the reverse direction at the first. There is no `proj_size`.
 
     Weights of salesforce/pytorch-qrnn: its F is 1 - f here, so negate the rows of F in weight and bias; the blocks are
     in the same order z, f, o. With its window of 2 the input is [x_t, x_{t-1}], here the oldest comes first: swap the
@@ -94,7 +108,8 @@ class QRNN(nn.Module):
         if first_kernel_size is not None:
             check_size("first_kernel_size", first_kernel_size)
         check_probability("dropout", dropout)
-        for name, flag in (("bias", bias), ("batch_first", batch_first)):
+        flags = {"bias": bias, "batch_first": batch_first, "bidirectional": bidirectional, "dense": dense}
+        for name, flag in flags.items():
             if not isinstance(flag, bool):  # a probability of dropout, most likely, one place too early
                 raise TypeError(f"{name}: {flag!r} given, True or False expected")
         if dropout > 0 and num_layers == 1:
@@ -213,7 +228,7 @@ class QRNN(nn.Module):
             return None
         if isinstance(hx, Tensor):
             hx = hx, None
-        if not isinstance(hx, (tuple, list)) or len(hx) != 2:
+        if not isinstance(hx, (tuple, list)) or len(hx) != 2 or not isinstance(hx[0], Tensor):
             raise TypeError(
                 f"hx: no state but a {type(hx).__name__} given; pass on what the last call returned, or c alone"
             )
@@ -221,7 +236,7 @@ class QRNN(nn.Module):
         batch = (x.shape[0],) if batched else ()
         if windows is None:
             windows = [x.new_zeros(layer.kernel_size - 1, *batch, layer.input_size) for layer in self.layers]
-        if isinstance(windows, Tensor) or len(windows) != len(self.layers):
+        if not isinstance(windows, (tuple, list)) or len(windows) != len(self.layers):
             raise ShapeError(
                 f"hx: a second part that is not the windows of {len(self.layers)} layers; pass on what the last call "
                 "returned, or c alone: there is no (h, c) as in nn.LSTM"

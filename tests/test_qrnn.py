@@ -352,3 +352,37 @@ C, WINDOW = torch.zeros(1, 2, 6), torch.zeros(1, 2, 4)
 def test_errors_say_what_was_given_and_expected(error, call, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_a_detached_state_has_no_history_and_goes_on_alike():
+    torch.manual_seed(0)
+    rnn, x = QRNN(4, 6, 2), torch.randn(9, 2, 4, requires_grad=True)
+    _, state = rnn(x)
+    detached = state.detach()
+    assert not any(part.requires_grad for part in (detached.c, *detached.window))
+    assert torch.equal(rnn(x, detached)[0], rnn(x, state)[0])
+
+
+def test_a_state_without_a_batch_has_no_sequences_to_select():
+    _, state = QRNN(4, 6)(torch.randn(9, 4))
+    with pytest.raises(ShapeError, match=r"c of shape \(1, 6\) has no batch"):
+        state.index_select(torch.tensor([0, 0]))
+
+
+@pytest.mark.parametrize("flag", ("bias", "batch_first", "bidirectional", "dense"))
+def test_a_flag_that_is_no_bool_is_a_type_error(flag):
+    with pytest.raises(TypeError, match=f"{flag}: 'no' given, True or False expected"):
+        QRNN(4, 6, **{flag: "no"})
+
+
+@pytest.mark.parametrize("hx", ((None, None), (3, ()), [1, 2, 3]))
+def test_what_is_no_state_is_a_type_error(hx):
+    with pytest.raises(TypeError, match="hx: no state but a"):
+        QRNN(4, 6)(torch.randn(9, 2, 4), hx)
+
+
+def test_a_plain_tuple_survives_saving_without_code(tmp_path):
+    rnn, x = QRNN(4, 6, 2), torch.randn(9, 2, 4)
+    _, state = rnn(x)
+    torch.save(tuple(state.detach()), tmp_path / "state.pt")
+    assert torch.equal(rnn(x, torch.load(tmp_path / "state.pt"))[0], rnn(x, state)[0])
