@@ -56,7 +56,7 @@ class QRNN(nn.Module):
     >>> output, state = rnn(torch.randn(8, 100, 32))          # output: (8, 100, 64)
     >>> output, state = rnn(torch.randn(8, 50, 32), state)    # the next 50 steps
 
-    What differs: the state is (c, window) where that of nn.LSTM is (h, c). The last output is in the output: at the last
+    What differs: the state is (c, window), that of nn.LSTM (h, c). The last output is in the output: it is at the last
     step, of packed sequences at the last step of each, of the reverse direction at the first. There is no `proj_size`.
 
     Weights of salesforce/pytorch-qrnn: its F is 1 - f here, so negate the rows of F in weight and bias; the blocks are

@@ -11,6 +11,7 @@ Glossary (letters of the paper):
     f i o    forget, input and output gate, in [0, 1]; `log_f` is log f; Salesforce's code calls 1 - f what is f here
     x        what enters the recurrence: (1 - f) * z in the modes "f" and "fo", i * z in "ifo"
     c h      cell state, the result of the pooling, and the layer's output: h = c in "f", h = o * c in "fo" and "ifo"
+             (the formula above and `pool` say h for the result of the pooling, and c_t for the sum of the log gates)
 
 The file imports torch only, so that it can be copied into another project as it is.
 """
