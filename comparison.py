@@ -31,7 +31,8 @@ from training import Batches, Step, StopSignal, Trainer, TrainingError, agree, e
 
 RUNS = Path("runs")
 PATIENCE_HOURS = 2  # on a CPU, a longer run is worth a hint
-FREE_TO_CHANGE = ("data", "name", "resume", "generate", "checkpoint_minutes")  # when a run is resumed
+# when a run is resumed
+FREE_TO_CHANGE = ("data", "glove", "name", "resume", "generate", "translate", "checkpoint_minutes")
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Run:
     models: tuple[Literal["qrnn", "lstm"], ...] = ("qrnn", "lstm")
     """Which models to train, in this order."""
     name: str | None = None
-    """Name of the run: its folder is runs/NAME. None: PRESET-SEED, for example demo-0."""
+    """Name of the run: its folder is runs/NAME. None: after the task, the preset and the seed."""
     resume: bool = False
     """Go on with a run that was stopped or killed. Give the same flags as before."""
 
@@ -49,6 +50,8 @@ class Run:
 @dataclass(frozen=True)
 class RunConfig(Settings, Run):  # in --help the fields of the last base come first
     """What every experiment has on its command line; it adds its own fields, and a `preset`."""
+
+    prefix: ClassVar[str] = ""  # of a run without a name, so that experiments keep out of each other's way
 
     def check(self) -> None:
         """Raises InputError: a value out of range."""
@@ -62,7 +65,7 @@ class RunConfig(Settings, Run):  # in --help the fields of the last base come fi
 
     @property
     def folder(self) -> Path:
-        return RUNS / (f"{self.preset}-{self.seed}" if self.name is None else self.name)
+        return RUNS / (f"{self.prefix}{self.preset}-{self.seed}" if self.name is None else self.name)
 
 
 class Task(ABC):
@@ -154,7 +157,8 @@ def run(config: RunConfig, prepare: Callable[[int], Task]) -> int:
         table = write_report(
             config.folder, config, task.fingerprint, task.layout, results, interrupted, accelerator.device.type
         )
-        print(f"\n{table}\n\nThe report is {config.folder / 'report.md'}.")
+        go_on = " Go on with --resume." if interrupted else ""
+        print(f"\n{table}\n\nThe report is {config.folder / 'report.md'}.{go_on}")
     return 130 if interrupted else 0
 
 
@@ -215,7 +219,7 @@ def announce(task: Task, accelerator: Accelerator) -> None:
         total += seconds
         recurrent = task.recurrent(model)
         accelerator.print(
-            f"{name}: {type(recurrent).__name__}, {count_parameters(recurrent):,} recurrent parameters of "
+            f"{name}: {count_parameters(recurrent):,} recurrent parameters of "
             f"{count_parameters(model):,}, {1 / step:,.0f} {unit}/s, about {describe_time(seconds)} from the beginning"
         )
     accelerator.print(f"The whole run will take about {describe_time(total)}; {config.folder} is its folder.")
@@ -259,7 +263,7 @@ def train_model(task: Task, name: str, stop: StopSignal) -> dict[str, Any]:
     """Train one model and, when it is finished, test it at its best epoch."""
     folder = task.config.folder / name
     model = task.build(name)
-    trainer = Trainer(model, task.step, task.train, task.config)
+    trainer = Trainer(model, task.step, task.train, task.config, task.layout.unit)
     outcome = trainer.run(folder, task.validate, stop, name)
     progress, loss = outcome.progress, outcome.interrupted_loss
     if loss is None or progress.best_loss <= loss:

@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from tokenizers import Tokenizer
@@ -188,7 +188,7 @@ def _file_names(name: str) -> str:
 def _download(folder: Path) -> None:
     """Write the three official files of WikiText-2, verified, into the folder."""
     try:
-        rows = _fetch()
+        rows = fetch("Salesforce/wikitext", "wikitext-2-v1")
     except Exception as error:  # whatever stops the download, the way out is the same
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise CorpusError(
@@ -198,7 +198,8 @@ def _download(folder: Path) -> None:
     contents = {}
     for split in SPLITS:
         # the rows lack the blank of an empty line, else they are the official lines; single blanks between words
-        lines = (" ".join(["", *row.split(), "\n"]) for row in rows["validation" if split == "valid" else split])
+        text = rows["validation" if split == "valid" else split]["text"]
+        lines = (" ".join(["", *row.split(), "\n"]) for row in text)
         contents[split] = "".join(lines).encode()
         _verify(contents[split], split, "Salesforce/wikitext")
     try:
@@ -214,20 +215,20 @@ def _download(folder: Path) -> None:
         raise CorpusError(f"{folder}: the download cannot be written there ({error.strerror})") from error
 
 
-def _fetch() -> dict[str, Iterable[str]]:
+def fetch(*names: str) -> Any:
+    """`datasets.load_dataset`, which offline looks into its own cache at once; raises whatever it raises."""
     import datasets  # slow to import, and needed for a download only
     from huggingface_hub import constants, get_session
 
     offline = constants.HF_HUB_OFFLINE
     try:
         get_session().head(constants.ENDPOINT, timeout=5)
-    except Exception:  # then `load_dataset` would try again and again; told so, it looks into its own cache at once
+    except Exception:  # then `load_dataset` would try again and again; told so, it looks into its own cache
         constants.HF_HUB_OFFLINE = True
     try:
-        splits = datasets.load_dataset("Salesforce/wikitext", "wikitext-2-v1")
+        return datasets.load_dataset(*names)
     finally:
         constants.HF_HUB_OFFLINE = offline
-    return {split: splits[split]["text"] for split in splits}
 
 
 # --- the sentence protocol -------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
-from matplotlib.ticker import LogFormatter
+from matplotlib.ticker import StrMethodFormatter
 
 from checkpoint import write_file
 from machine import provenance
@@ -201,8 +201,8 @@ def draw_curves(logs: dict[str, list[dict[str, float]]], layout: Layout) -> byte
             axis.axhline(layout.best_possible[validation], color="black", linestyle=":", label="best possible")
         if y != "learning_rate":
             axis.set_yscale("log")
-            axis.yaxis.set_major_formatter(LogFormatter())
-            axis.yaxis.set_minor_formatter(LogFormatter())
+            axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+            axis.yaxis.set_minor_formatter(StrMethodFormatter("{x:g}"))
         axis.set(xlabel=x_label, ylabel=y_label)
         axis.grid(which="both", alpha=0.3)
         axis.legend()

@@ -108,6 +108,7 @@ class StopSignal:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
+        print("\nstopping after this step, with a report; once more to stop at once", file=sys.stderr)
 
 
 def agree(accelerator: Accelerator, *wishes: bool) -> tuple[bool, ...]:
@@ -129,16 +130,17 @@ class Trainer:
         step: what a batch costs.
         batches: of the training split.
         settings: checked already.
+        unit: of the items, in the plural, for the progress bar.
     """
 
-    def __init__(self, model: nn.Module, step: Step, batches: Batches, settings: Settings) -> None:
+    def __init__(self, model: nn.Module, step: Step, batches: Batches, settings: Settings, unit: str = "items") -> None:
         self.accelerator = Accelerator(cpu=settings.device == "cpu")
         self.device = self.accelerator.device
         self.model = model.to(self.device)
         if settings.compile:
             self.model.compile()  # in place: the names in the state_dict stay
         self.parallel_model = self.accelerator.prepare_model(self.model)
-        self.step, self.batches, self.settings = step, batches, settings
+        self.step, self.batches, self.settings, self.unit = step, batches, settings, unit
         self.optimizer = OPTIMIZERS[settings.optimizer](
             self.model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay
         )
@@ -285,9 +287,7 @@ class Trainer:
         self._write(step=progress.step, epoch=epoch, loss=loss, learning_rate=rate, gradient_norm=norm)
         progress.window = []
         speed = progress.items / progress.seconds
-        self._bar.set_postfix_str(
-            f"loss {loss:.3f}, perplexity {perplexity(loss):.1f}, {speed:,.0f} tokens/s", refresh=False
-        )
+        self._bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} {self.unit}/s", refresh=False)
 
     def _write(self, **line: float) -> None:
         if self.accelerator.is_main_process:

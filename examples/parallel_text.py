@@ -87,12 +87,18 @@ def _lines(path: Path) -> list[str]:
 
 
 def reversed_strings(seed: int, letters: str = "abcdefgh", shortest: int = 3, longest: int = 8) -> ParallelText:
-    """Different random strings; the translation is the string reversed, with each letter mapped by a permutation."""
+    """Random strings without repeated letters; the translation is the string reversed, with mapped letters.
+
+    Args:
+        seed: of the strings and the permutation.
+        letters: that strings are made of.
+        shortest, longest: lengths of strings; every length is as likely.
+    """
     rng = random.Random(seed)
     mapping = str.maketrans(letters, "".join(rng.sample(letters, len(letters))))
     strings: dict[str, None] = {}  # a set that keeps the order
     while len(strings) < 4_400:
-        strings["".join(rng.choices(letters, k=rng.randint(shortest, longest)))] = None
+        strings["".join(rng.sample(letters, rng.randint(shortest, longest)))] = None
     pairs = [Pair(string, string[::-1].translate(mapping)) for string in strings]
     return ParallelText(
         "strings reversed and mapped", f"generated, seed {seed}", pairs[:4_000], pairs[4_000:4_200], pairs[4_200:]
@@ -149,7 +155,9 @@ class Batch(NamedTuple):
 class PairBatches:
     """Batches of pairs of similar length, padded on the right; every pair once an epoch.
 
-    The order of an epoch depends on nothing but the seed and its number.
+    Pairs are sorted by the length of the source, then by that of the target: most batches have sources of one length,
+    which leaves little padding, and nothing to be packed for an LSTM. The order of an epoch depends on nothing but the
+    seed and its number.
 
     Args:
         pairs: (source (S,), target (T,)) each, int64; the target ends with EOS.
@@ -188,7 +196,7 @@ class PairBatches:
         rng = random.Random(f"{self.seed} {n}")
         if self.shuffle:
             rng.shuffle(order)
-        order.sort(key=lambda i: sum(map(len, self.pairs[i])))  # stable: equal lengths stay shuffled
+        order.sort(key=lambda i: tuple(map(len, self.pairs[i])))  # stable: equal lengths stay shuffled
         batches = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
         if self.shuffle:
             rng.shuffle(batches)

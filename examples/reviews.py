@@ -6,13 +6,13 @@ import random
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from tokenizers.pre_tokenizers import BertPreTokenizer
 from torch import Tensor
 
-from corpora import EOS_ID, IGNORE, CorpusError, SentenceBatches
+from corpora import EOS_ID, IGNORE, CorpusError, SentenceBatches, fetch
 
 FOLDS = 10
 LABELS = ("negative", "positive")  # 0 and 1
@@ -107,26 +107,11 @@ def _read_folder(folder: Path) -> list[tuple[str, int]]:
 
 def _download() -> dict[str, list[tuple[str, int]]]:
     try:
-        splits = _fetch("stanfordnlp/imdb")
+        splits = fetch("stanfordnlp/imdb")
     except Exception as error:  # whatever stops the download, the way out is the same
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise CorpusError(f"imdb: not downloaded ({reason}); give --data DIR with the folder aclImdb") from error
     return {name: list(zip(splits[name]["text"], splits[name]["label"], strict=True)) for name in ("train", "test")}
-
-
-def _fetch(*names: str) -> Any:
-    import datasets  # slow to import, and needed for a download only
-    from huggingface_hub import constants, get_session
-
-    offline = constants.HF_HUB_OFFLINE
-    try:
-        get_session().head(constants.ENDPOINT, timeout=5)
-    except Exception:  # then `load_dataset` would try again and again; told so, it looks into its own cache at once
-        constants.HF_HUB_OFFLINE = True
-    try:
-        return datasets.load_dataset(*names)
-    finally:
-        constants.HF_HUB_OFFLINE = offline
 
 
 CUES = ([f"bad{i}" for i in range(10)], [f"good{i}" for i in range(10)])

@@ -286,10 +286,10 @@ def layout(data: dict[str, Any], config: Config) -> Layout:
             **({"exact match": cell("exact_match", ".1%")} if generated else of_words),
         },
         facts=[
-            "Perplexity is that of a target character, the end of the sentence counted, given the characters before "
-            "it. BLEU, chrF and the part of sentences translated exactly as in the reference are of the whole test "
-            f"split, found by a beam search of size {config.beam_size} with length penalty {config.length_penalty:g} "
-            "at the epoch that was best on validation.",
+            "Perplexity is that of a target character, the end of the sentence counted, given the source and the "
+            "characters before it. The other scores are of the whole test split, translated by a beam search of size "
+            f"{config.beam_size} with length penalty {config.length_penalty:g}, at the epoch that was best on "
+            "validation.",
             f"{data['train_pairs']:,} pairs to train on, {data['dropped_pairs']:,} longer than {config.max_length} "
             f"characters left out; {data['valid_pairs']:,} pairs for validation and {data['test_pairs']:,} for test, "
             f"none left out; {data['vocabulary']:,} characters, {100 * data['padding']:.1f} % padding.",
@@ -361,6 +361,9 @@ def translate_sentence(config: Config, sentence: str) -> int:
         raise InputError("--translate: a sentence expected")
     trained = replace(config, **{key: record["config"][key] for key in record["config"] if key not in FREE_TO_CHANGE})
     vocabulary = Vocabulary(json.loads(path.read_text()))
+    unknown = sorted(set(sentence) - set(vocabulary.characters))
+    if unknown:
+        print(f"not in the vocabulary, read as unknown: {' '.join(map(visible, unknown))}", file=sys.stderr)
     source = encode_source(trained, vocabulary, sentence)
     for name in trained.models:
         model = build_model(trained, name, len(vocabulary))

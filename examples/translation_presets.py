@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
-from comparison import RUNS, RunConfig
+from comparison import RunConfig
 from settings import check_range
 
 
@@ -76,6 +76,8 @@ class Config(RunConfig, Translation):  # in --help the fields of the last base c
     Without a GPU start with --preset demo (half a minute), then --preset small (an hour on 2 CPU cores).
     """
 
+    prefix: ClassVar[str] = "translation-"
+
     def check(self) -> None:
         """Raises InputError: a value out of range."""
         super().check()
@@ -85,10 +87,6 @@ class Config(RunConfig, Translation):  # in --help the fields of the last base c
         for name in ("zoneout", "dropout"):
             check_range(name, getattr(self, name), low=0, high=1)
         check_range("length_penalty", self.length_penalty, low=0)
-
-    @property
-    def folder(self) -> Path:
-        return super().folder if self.name else RUNS / f"translation-{self.preset}-{self.seed}"
 
 
 PRESETS = {
@@ -111,11 +109,11 @@ PRESETS = {
     "demo": Config(
         preset="demo",
         corpus="reversed",
-        batch_size=32,
-        hidden=96,
-        layers=2,
+        batch_size=16,
+        hidden=128,
+        layers=1,
         dropout=0.0,
-        epochs=6,
+        epochs=4,
         optimizer="adam",
         weight_decay=0.0,
         lr=5e-3,

@@ -4,20 +4,38 @@ from __future__ import annotations
 
 import json
 import re
+import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.colors import LogNorm
+from matplotlib.ticker import LogLocator, NullFormatter
 
 RESULTS = Path(__file__).parent
 README = RESULTS.parent / "README.md"
 MODELS = {"qrnn": "QRNN", "lstm": "LSTM"}
 STYLES = {"qrnn": {"color": "#0072B2", "marker": "o"}, "lstm": {"color": "#D55E00", "marker": "s", "linestyle": "--"}}
 PRECISION_METHODS = ("closed form, autograd", "log", "blocked", "scan", "loop")
-POOLING_METHODS = ("scan", "loop", "blocked", "log", "closed form, autograd", "Python loop, autograd")
+POOLING_SHAPE, LAYER_WIDTH, REFERENCE_LENGTH, LONG = (32, 128, 640), 640, 512, 16_384
+PAPER_WIDTH, PAPER_LENGTHS = 320, (32, 64, 128, 256, 512)
+PAPER = {  # batch size -> times as fast as cuDNN's LSTM at each length, inference: Fig. 4, right
+    8: (5.5, 8.8, 11.0, 12.4, 16.9),
+    16: (5.5, 6.7, 7.8, 8.3, 10.8),
+    32: (4.2, 4.5, 4.9, 4.9, 6.4),
+    64: (3.0, 3.0, 3.0, 3.0, 3.7),
+    128: (2.1, 1.9, 2.0, 2.0, 2.4),
+    256: (1.4, 1.4, 1.3, 1.3, 1.3),
+}
+LIMITS = {"copy": "gb_per_s", "matrix product": "gflop_per_s"}  # of the machine
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
+MARKERS = "os^Dv<>x"
 Row = dict[str, Any]
 
 
@@ -61,10 +79,47 @@ def comparison() -> str:
     return f"{table(header, rows)}\n\n{source(name, content)}"
 
 
-def draw_comparison(path: Path) -> None:
-    """Validation perplexity of the models of preset `small` against epochs and against minutes of training."""
+def example(name: str, header: list[str], cells: Callable[[Row], list[str]]) -> str:
+    """The models of an example: what every run has, and what `cells` makes of a result."""
+    content = load(name)
+    rows = [
+        [
+            f"{MODELS[model['model']]}, {model['hidden']} units",
+            f"{model['recurrent_parameters']:,}",
+            f"{model['best_epoch']}",
+            *cells(model),
+        ]
+        for model in content["models"]
+    ]
+    return f"{table(['model', 'recurrent parameters', 'best epoch', *header], rows)}\n\n{source(name, content)}"
+
+
+def sentiment() -> str:
+    """Accuracies and their intervals."""
+
+    def cells(model: Row) -> list[str]:
+        accuracies = ["{accuracy:.1f} ({low:.1f} to {high:.1f})".format(**model[split]) for split in ("valid", "test")]
+        return [*accuracies, f"{model['tokens_per_second']:.0f}"]
+
+    return example("sentiment.json", ["validation accuracy, %", "test accuracy, %", "reviews/s"], cells)
+
+
+def translation() -> str:
+    """BLEU and chrF with their signatures; a model that was stopped was not tested."""
+
+    def cells(model: Row) -> list[str]:
+        scores = [f"**{model[score]:.1f}**" if score in model else "not read" for score in ("bleu", "chrf")]
+        return [f"{model['valid_perplexity']:.2f}", *scores]  # no speed: since then the LSTM is fed in a faster way
+
+    made = example("translation.json", ["validation perplexity", "BLEU", "chrF"], cells)
+    first = load("translation.json")["models"][0]
+    return f"{made} BLEU: {first['bleu_signature']}; chrF: {first['chrf_signature']}."
+
+
+def draw_comparison(name: str, path: Path) -> None:
+    """Validation perplexity of the models of a run against epochs and against minutes of training."""
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.3), sharey=True, layout="constrained")
-    for model in load("small.json")["models"]:
+    for model in load(name)["models"]:
         perplexity = [line["valid_perplexity"] for line in model["epochs"]]
         for axis, x in (
             (axes[0], [line["epoch"] for line in model["epochs"]]),
@@ -81,10 +136,38 @@ def draw_comparison(path: Path) -> None:
     plt.close(figure)
 
 
-def precision() -> str:
+# --- the benchmark: every block is made from the content of results/benchmark-<device>.json ---------------------------
+
+
+def measured(rows: list[Row], **labels: object) -> list[Row]:
+    """The rows that have these labels, without those that say why something was skipped."""
+    return [row for row in rows if "skipped" not in row and all(row[key] == value for key, value in labels.items())]
+
+
+def by(rows: list[Row], *keys: str, value: str = "ms") -> dict[Any, Any]:
+    """The value of each row that has one, under its labels."""
+    return {tuple(row[key] for key in keys): row[value] for row in rows if value in row}
+
+
+def names(rows: list[Row]) -> list[str]:
+    return list(dict.fromkeys(row["what"] for row in rows))
+
+
+def benchmark_source(content: Row) -> str:
+    """Where the numbers come from."""
+    origin = content["provenance"]
+    rows = [row for rows in content.values() if isinstance(rows, list) for row in rows if "rounds" in row]
+    rounds, spreads = [row["rounds"] for row in rows], [(row["ms_q3"] - row["ms_q1"]) / row["ms"] for row in rows]
+    name = f"benchmark-{origin['machine']['device']}.json"
+    return (
+        f"{source(name, origin)} "
+        f"Times are medians of {min(rounds)} to {max(rounds)} rounds in which the compared things took turns; "
+        f"their quartiles are {median(spreads):.0%} of it apart in half of the rows."
+    )
+
+
+def precision(content: Row) -> str:
     """Worst gate bias at each length: error of h / error of the gradient of log f."""
-    name = "benchmark-cpu.json"
-    content = load(name)
     lengths = sorted({row["T"] for row in content["precision"]})
 
     def cell(method: str, time: int) -> str:
@@ -92,51 +175,254 @@ def precision() -> str:
         return " / ".join(f"{max(row[what] for row in rows):.0e}" for what in ("forward", "gradient"))
 
     rows = [[method, *(cell(method, time) for time in lengths)] for method in PRECISION_METHODS]
-    header = ["method", *(f"T = {time:,}" for time in lengths)]
-    return f"{table(header, rows)}\n\n{source(name, content['provenance'])}"
+    return f"{table(['method', *(f'T = {time:,}' for time in lengths)], rows)}\n\n{benchmark_source(content)}"
 
 
-def pooling_speed() -> str:
-    """Time of each way to pool over that of "auto", forward and backward."""
-    name = "benchmark-cpu.json"
-    content = load(name)
-    times = {
-        (row["B"], row["T"], row["H"], row["what"]): row["ms"]
-        for row in content["pooling"]
-        if row["part"] == "forward + backward"
-    }
-    shapes = list(dict.fromkeys(key[:3] for key in times))
-    methods = [method for method in POOLING_METHODS if any((*shape, method) in times for shape in shapes)]
-
-    def cell(shape: tuple[int, int, int], method: str) -> str:
-        time = times.get((*shape, method))
-        return "" if time is None else f"{time / times[(*shape, 'scan')]:.1f}"
-
-    rows = [[method, *(cell(shape, method) for shape in shapes)] for method in methods]
-    return table(["time over that of `scan`", *("{} x {:,} x {}".format(*shape) for shape in shapes)], rows)
-
-
-def layer_speed() -> str:
-    """nn.LSTM's time over the QRNN's, in each cell."""
-    name = "benchmark-cpu.json"
-    content = load(name)
-    times = {(row["B"], row["T"], row["part"], row["what"]): row["ms"] for row in content["layer"]}
-    cells = list(dict.fromkeys(key[:2] for key in times))
-    rows = [
-        [f"{part}, over {other}"]
-        + [f"{times[(*cell, part, other)] / times[(*cell, part, 'QRNN')]:.1f}" for cell in cells]
-        for part in ("training", "inference")
-        for other in ("LSTM", "GRU")
+def pooling_speed(content: Row) -> str:
+    """Time of every way to pool over that of "auto", and its memory, at the shape that the targets are for."""
+    rows = measured(content["pooling"], dtype="float32", **dict(zip("BTH", POOLING_SHAPE, strict=True)))
+    times, memory = by(rows, "part", "what"), by(rows, "part", "what", value="mib")
+    parts = ("forward", "forward + backward")
+    lines = []
+    for name in names(rows):
+        ratios = [f"{times[part, name] / times[part, 'auto']:.1f}" for part in parts]
+        peaks = [f"{memory[part, name]:,.0f}" if (part, name) in memory else "" for part in parts]
+        lines.append([f"{name}", *ratios, *peaks])
+    header = [
+        "{} x {} x {}, times over that of `auto`".format(*POOLING_SHAPE),
+        *parts,
+        *(f"{part}, MiB" for part in parts),
     ]
-    header = ["times as fast", *(f"batch {batch}, T = {time}" for batch, time in cells)]
-    return f"{table(header, rows)}\n\nBoth tables: {source(name, content['provenance'])}"
+    reference = " and ".join(f"{times[part, 'auto']:.3g} ms {part}" for part in parts)
+    return f"{table(header, lines)}\n\n`auto` takes {reference}. {not_measured(content)}"
 
+
+def not_measured(content: Row) -> str:
+    """Which ways to pool were skipped, and why."""
+    reasons: dict[str, list[str]] = {}
+    for row in content["pooling"]:
+        if "skipped" in row and row["what"] not in reasons.setdefault(row["skipped"], []):
+            reasons[row["skipped"]].append(row["what"])
+    return "".join(f"Not measured, {reason}: {'; '.join(names)}. " for reason, names in reasons.items()).strip()
+
+
+def pooling_growth(content: Row) -> str:
+    """Time of every way to pool over that of "auto", forward and backward, against T."""
+    rows = growth_of_pooling(content)
+    times = by(rows, "T", "what")
+    lengths = sorted({row["T"] for row in rows})
+    lines = [
+        [name, *(f"{times[T, name] / times[T, 'auto']:.1f}" if (T, name) in times else "" for T in lengths)]
+        for name in names(rows)
+    ]
+    tokens, width = rows[0]["B"] * rows[0]["T"], rows[0]["H"]
+    header = [f"B x T = {tokens:,}, {width} channels", *(f"T = {T:,}" for T in lengths)]
+    return table(header, lines)
+
+
+def growth_of_pooling(content: Row) -> list[Row]:
+    width = min(row["H"] for row in content["pooling"])
+    return measured(content["pooling"], dtype="float32", H=width, part="forward + backward")
+
+
+def layer_speed(content: Row) -> str:
+    """Time of nn.LSTM and nn.GRU over the QRNN's, and the QRNN's memory over nn.LSTM's, at 640 units."""
+    rows = measured(content["layer"], H=LAYER_WIDTH)
+    times, memory = by(rows, "B", "T", "part", "what"), by(rows, "B", "T", "part", "what", value="mib")
+    sizes = list(dict.fromkeys((row["B"], row["T"]) for row in rows))
+    parts = list(dict.fromkeys(row["part"] for row in rows))
+
+    def ratio(key: tuple[Any, ...], values: dict[Any, float], above: str, below: str) -> str:
+        return f"{values[(*key, above)] / values[(*key, below)]:.1f}" if (*key, above) in values else ""
+
+    lines = []
+    for part in parts:
+        keys = [(*size, part) for size in sizes]
+        for other in ("LSTM", "GRU"):
+            lines.append([f"{part}, speed over {other}", *(ratio(key, times, other, "QRNN") for key in keys)])
+        lines.append([f"{part}, memory over LSTM", *(ratio(key, memory, "QRNN", "LSTM") for key in keys)])
+    lines = [line for line in lines if any(line[1:])]
+    return table(["batch x T", *("{} x {}".format(*size) for size in sizes)], lines)
+
+
+def paper_grid(content: Row) -> str:
+    """Fig. 4 of the paper: LSTM's time over the QRNN's: in the paper, inference / here, inference / here, training."""
+    times = by(measured(content["layer"], H=PAPER_WIDTH), "B", "T", "part", "what")
+
+    def cell(batch: int, time: int, paper: float) -> str:
+        ours = [
+            times[batch, time, part, "LSTM"] / times[batch, time, part, "QRNN"] for part in ("inference", "training")
+        ]
+        return " / ".join(f"{ratio:.1f}" for ratio in (paper, *ours))
+
+    lines = [
+        [f"{batch}", *(cell(batch, time, ratio) for time, ratio in zip(PAPER_LENGTHS, row, strict=True))]
+        for batch, row in PAPER.items()
+    ]
+    return table(["batch", *(f"T = {time}" for time in PAPER_LENGTHS)], lines)
+
+
+def experiment_speed(content: Row) -> str:
+    """Training tokens a second of the two language models."""
+    rows = content["experiment"]
+    speeds, widths = (by(rows, "preset", "amp", "what", value=value) for value in ("tokens_per_s", "hidden"))
+    lines = [
+        [f"`{preset}`" + (f", {amp}" if amp else "")]
+        + [f"{speeds[preset, amp, name]:,.0f} ({widths[preset, amp, name]} units)" for name in ("qrnn", "lstm")]
+        + [f"{speeds[preset, amp, 'qrnn'] / speeds[preset, amp, 'lstm']:.1f}"]
+        for preset, amp in dict.fromkeys((row["preset"], row["amp"]) for row in rows)
+    ]
+    return table(["preset", "QRNN, tokens/s", "LSTM, tokens/s", "ratio"], lines)
+
+
+def layer_growth(content: Row) -> str:
+    """Time and memory per token of pooling and of a layer, against T at constant B T, and against B at constant T."""
+    pooling = [row | {"what": "pooling"} for row in measured(growth_of_pooling(content), what="auto")]
+    rows = pooling + content["scaling"]
+    tokens = max(row["B"] * row["T"] for row in pooling)
+    sweeps = {
+        "T": [row for row in rows if row["B"] * row["T"] == tokens],
+        "B": [row for row in content["scaling"] if row["T"] == REFERENCE_LENGTH],
+    }
+    parts = []
+    for axis, sweep in sweeps.items():
+        steps = sorted({row[axis] for row in sweep})
+        lines = []
+        for name in names(sweep):
+            mine = {row[axis]: row for row in measured(sweep, what=name)}
+            for value, label, scale in (("ms", "ns", 1e6), ("mib", "bytes", 2**20)):
+                figures = [mine[step][value] * scale / (mine[step]["B"] * mine[step]["T"]) for step in steps]
+                lines.append([f"{name}, {label} a token", *(f"{figure:,.0f}" for figure in figures)])
+        fixed = f"B x T = {tokens:,}" if axis == "T" else f"T = {REFERENCE_LENGTH}"
+        parts.append(table([f"{fixed}, {pooling[0]['H']} units", *(f"{axis} = {step:,}" for step in steps)], lines))
+    times = by(sweeps["T"], "what", "T")
+    ratios = (f"{name} {times[name, LONG] / times[name, REFERENCE_LENGTH]:.1f}" for name in names(sweeps["T"]))
+    parts.append(f"Time a token at T = {LONG:,} over that at T = {REFERENCE_LENGTH}: {', '.join(ratios)}.")
+    return "\n\n".join(parts)
+
+
+def roofline(content: Row) -> str:
+    """Bandwidth and rate of pooling and of a layer, and the part that is of what the machine can do."""
+    rows = measured(content["roofline"])
+    most = {value: max(row[value] for row in rows if row["what"] == what) for what, value in LIMITS.items()}
+    lines = [
+        [row["what"], f"{row['ms']:.3g}"]
+        + [f"{row[value]:,.3g} ({row[value] / most[value]:.0%})" if row[value] else "" for value in LIMITS.values()]
+        for row in rows
+    ]
+    header = ["{B} x {T} x {H}".format(**rows[0]), "ms", "GB/s (of a copy's)", "GFLOP/s (of a matrix product's)"]
+    return table(header, lines)
+
+
+def profile(content: Row) -> str:
+    """Where the time of training a layer goes."""
+    rows = content["profile"]
+    shares = ", ".join(f"{row['what']} {row['share']:.0%}" for row in rows)
+    return "Of the time of {part} at {B} x {T} x {H}: ".format(**rows[0]) + shares + "."
+
+
+BENCHMARK = {
+    "precision": precision,
+    "pooling speed": pooling_speed,
+    "pooling growth": pooling_growth,
+    "layer speed": layer_speed,
+    "paper grid": paper_grid,
+    "experiment speed": experiment_speed,
+    "layer growth": layer_growth,
+    "roofline": roofline,
+    "profile": profile,
+    "benchmark source": benchmark_source,
+}
+
+
+def block(name: str, device: str = "cpu") -> str:
+    content = load(f"benchmark-{device}.json")
+    return BENCHMARK[name](content)
+
+
+def gpu() -> str:
+    """The same tables of a GPU, once they are measured."""
+    if not (RESULTS / "benchmark-cuda.json").exists():
+        return "Nothing here has been measured on a GPU yet: `python benchmark.py --device cuda` does it."
+    images = (f"![{DRAWINGS[name][1]}, on a GPU](assets/{name}-cuda.png)" for name in DRAWINGS)
+    return "\n\n".join([*(block(name, "cuda") for name in BENCHMARK), *images])
+
+
+# --- plots -----------------------------------------------------------------------------------------------------------
+
+
+def device_name(content: Row) -> str:
+    machine = content["provenance"]["machine"]
+    return machine["gpu"] or f"{machine['cpu']}, {machine['threads']} cores"
+
+
+def draw_speed(content: Row, path: Path) -> None:
+    """The grid of the paper's Fig. 4 as heat maps: the paper's, and ours in inference and in training."""
+    times = by(measured(content["layer"], H=PAPER_WIDTH), "B", "T", "part", "what")
+    grids = {"the paper's kernel over cuDNN's\nLSTM, inference": list(PAPER.values())}
+    for part in ("inference", "training"):
+        grids[f"ours over nn.LSTM,\n{part}, {device_name(content)}"] = [
+            [times[batch, time, part, "LSTM"] / times[batch, time, part, "QRNN"] for time in PAPER_LENGTHS]
+            for batch in PAPER
+        ]
+    figure, axes = plt.subplots(1, 3, figsize=(9.5, 3.6), sharey=True, layout="constrained")
+    for axis, (title, grid) in zip(axes, grids.items(), strict=True):
+        image = axis.imshow(grid, cmap="PuOr", norm=LogNorm(1 / 16, 16), aspect="auto")  # white: as fast as the LSTM
+        for y, row in enumerate(grid):
+            for x, ratio in enumerate(row):
+                axis.text(
+                    x, y, f"{ratio:.1f}", ha="center", va="center", color="white" if ratio > 6 else "black", fontsize=9
+                )
+        axis.set(title=title, xlabel="T, time steps", xticks=range(len(PAPER_LENGTHS)), xticklabels=PAPER_LENGTHS)
+        axis.title.set_fontsize(10)
+    axes[0].set(ylabel="batch size", yticks=range(len(PAPER)), yticklabels=PAPER)
+    bar = figure.colorbar(image, ax=axes, label="times as fast as the LSTM", ticks=[1 / 16, 1 / 4, 1, 4, 16])
+    bar.ax.set_yticklabels(["1/16", "1/4", "1", "4", "16"])
+    figure.savefig(path, dpi=140)
+    plt.close(figure)
+
+
+def draw_scaling(content: Row, path: Path) -> None:
+    """Time a token against T, of the ways to pool and of a layer, and the memory of a layer."""
+    pooling = growth_of_pooling(content)
+    tokens = max(row["B"] * row["T"] for row in pooling)
+    layers = [row for row in content["scaling"] if row["B"] * row["T"] == tokens]
+    panels = (
+        ("pooling, forward + backward", pooling, "ms", "time a token, ns", 1e6),
+        ("layer, training", layers, "ms", "time a token, ns", 1e6),
+        ("layer, training", layers, "mib", "memory a token, bytes", 2**20),
+    )
+    figure, axes = plt.subplots(1, 3, figsize=(9.5, 4.8), layout="constrained")
+    for axis, (title, rows, value, label, scale) in zip(axes, panels, strict=True):
+        for index, name in enumerate(name for name in names(rows) if name != "auto"):
+            mine = [row for row in measured(rows, what=name) if value in row]
+            x, y = [row["T"] for row in mine], [row[value] * scale / tokens for row in mine]
+            style = {"color": COLORS[index % 8], "marker": MARKERS[index % 8], "linestyle": "-" if index < 8 else "--"}
+            axis.plot(x, y, label=name, markersize=5, **style)
+        axis.set(title=f"{title},\n{rows[0]['H']} units", xlabel="T, B x T constant", ylabel=label)
+        axis.set(xscale="log", yscale="log")
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter("{x:,g}")
+        axis.yaxis.set_minor_formatter(NullFormatter())
+        axis.title.set_fontsize(10)
+        axis.grid(alpha=0.25)
+        axis.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.2))
+    figure.suptitle(device_name(content), fontsize=10)
+    figure.savefig(path, dpi=140)
+    plt.close(figure)
+
+
+DRAWINGS = {
+    "speed": (draw_speed, "How many times as fast as an LSTM a QRNN is, for batch sizes 8 to 256 and T 32 to 512"),
+    "scaling": (draw_scaling, "Time and memory a token against T, of the ways to pool and of a layer"),
+}
 
 BLOCKS = {
     "comparison": comparison,
-    "precision": precision,
-    "pooling speed": pooling_speed,
-    "layer speed": layer_speed,
+    "sentiment": sentiment,
+    "translation": translation,
+    **{name: partial(block, name) for name in BENCHMARK},
+    "gpu": gpu,
 }
 
 
@@ -154,4 +440,15 @@ def render(text: str) -> str:
 
 if __name__ == "__main__":
     README.write_text(render(README.read_text()))
-    draw_comparison(README.parent / "assets" / "small.png")
+    assets = README.parent / "assets"
+    for run in ("small", "translation"):
+        draw_comparison(f"{run}.json", assets / f"{run}.png")
+    sys.path.insert(0, str(RESULTS.parent / "examples"))
+    from translation import draw_attention
+
+    (assets / "attention.png").write_bytes(draw_attention(load("translation.json")["models"][0]["attention"]))
+    for device in ("cpu", "cuda"):
+        if (RESULTS / f"benchmark-{device}.json").exists():
+            suffix = "" if device == "cpu" else f"-{device}"
+            for name, (draw, _) in DRAWINGS.items():
+                draw(load(f"benchmark-{device}.json"), assets / f"{name}{suffix}.png")

@@ -39,7 +39,20 @@ from corpora import IGNORE, CorpusError
 
 SCRIPT = str(Path(translation.__file__))
 TINY = ["--preset", "demo", "--corpus", "files", "--data", "text", "--source", "aa", "--target", "bb", "--epochs", "2"]
-TINY += ["--embedding", "4", "--hidden", "8", "--batch-size", "16", "--device", "cpu", "--beam-size", "2"]
+TINY += [
+    "--embedding",
+    "4",
+    "--hidden",
+    "8",
+    "--layers",
+    "2",
+    "--batch-size",
+    "16",
+    "--device",
+    "cpu",
+    "--beam-size",
+    "2",
+]
 NUMBERS = {"train": (0, 80), "val": (80, 90), "test_2016_flickr": (90, 102)}
 
 both_models = pytest.mark.parametrize("name", ("qrnn", "lstm"))
@@ -116,7 +129,8 @@ def test_what_is_wrong_with_the_files_is_said(folder):
 def test_generated_strings_are_reversed_mapped_and_different():
     text = reversed_strings(seed=0)
     pairs = text.train + text.valid + text.test
-    assert len({pair.source for pair in pairs}) == len(pairs)
+    assert len({pair.source for pair in pairs}) == len(pairs) == 4_400
+    assert all(len(set(pair.source)) == len(pair.source) for pair in pairs)
     mapping = {letter: image for pair in pairs for letter, image in zip(pair.source[::-1], pair.target, strict=True)}
     assert sorted(mapping) == sorted(mapping.values()) == list("abcdefgh")
     assert all(pair.target == "".join(mapping[letter] for letter in reversed(pair.source)) for pair in pairs)
@@ -223,6 +237,18 @@ def test_parallel_is_step_by_step(name):
 
 
 @both_models
+def test_mixed_precision_is_about_the_same(name):
+    task, model = make_model(name)
+    (batch,) = PairBatches(task.train.pairs[:9], 9).epoch(0)
+    loss, _, _ = task.step(model.float(), batch, None)
+    with torch.autocast("cpu", torch.bfloat16):
+        rough, _, _ = task.step(model, batch, None)
+    rough.backward()
+    assert rough.item() == pytest.approx(loss.item(), rel=0.01)
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+@both_models
 def test_a_selected_state_goes_on_like_its_sentence(name):
     task, model = make_model(name)
     batch = next(iter(task.train.epoch(0)))
@@ -234,7 +260,7 @@ def test_a_selected_state_goes_on_like_its_sentence(name):
 
 
 @both_models
-def test_the_lstm_and_the_qrnn_see_nothing_of_later_targets(name):
+def test_nothing_of_later_targets_is_seen(name):
     task, model = make_model(name)
     batch = next(iter(task.train.epoch(0)))
     other = batch.inputs.clone()
