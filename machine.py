@@ -29,6 +29,7 @@ def provenance(*, seed: int, device: str) -> dict[str, Any]:
         "commit": _git("rev-parse", "HEAD"),
         "dirty": None if status is None else bool(status),
         "seed": seed,
+        "processes": int(os.environ.get("WORLD_SIZE", 1)),  # as torchrun says
         "machine": {
             "cpu": _cpu_name(),
             "cores": os.cpu_count(),
