@@ -29,6 +29,7 @@ from machine import provenance
 from peers import (
     LOOPS,
     PEERS,
+    QUADRATIC,
     WAYS,
     Missing,
     Way,
@@ -74,21 +75,22 @@ class Plan:
     precision_lengths: tuple[int, ...] = (128, 1024, 16_384)
     precision_biases: tuple[float, ...] = (-6.0, -2.0, 0.0, 6.0)
     pool_shapes: tuple[Shape, ...] = (
-        *((65_536 // time, time, 64) for time in (32, 128, 512, 2048, 16_384, 65_536)),
+        *((65_536 // time, time, 64) for time in (32, 512, 16_384, 65_536)),
         (32, 128, 640),
         (32, 512, 640),
     )
     longest_loop: int = 2048
     compiled_shapes: tuple[Shape, ...] = ((32, 128, 640), (32, 512, 640))  # compiling takes minutes each
-    grids: tuple[Grid, ...] = (
-        # the paper's Fig. 4
+    paper_grids: tuple[Grid, ...] = (  # Fig. 4
         Grid(320, (8, 16, 32, 64, 128, 256), (32, 64, 128, 256, 512), ("inference", TRAINING)),
+    )
+    grids: tuple[Grid, ...] = (
         Grid(640, (8, 32, 128), (32, 128, 512), ("inference", TRAINING), memory=True),
         Grid(640, (8, 32), (32, 128, 512), (STACKED,)),
     )
     presets: tuple[Config, ...] = (PRESETS["girrbach"], PRESETS["small"])
     scaling_shapes: tuple[Shape, ...] = (
-        *((65_536 // time, time, 64) for time in (32, 128, 512, 2048, 16_384, 65_536)),
+        *((65_536 // time, time, 64) for time in (32, 512, 16_384, 65_536)),
         *((batch, 512, 64) for batch in (1, 8, 32, 512)),
     )
     roofline_shape: Shape = (32, 512, 640)
@@ -180,8 +182,8 @@ def runnable(loaders: dict[str, Callable[[], Way]], problem: Problem) -> tuple[d
 def loaders(plan: Plan, shape: Shape, device: str) -> dict[str, Callable[[], Way]]:
     """What to try at this shape; compiling takes too long to do it at every one."""
     tried = {name: partial(load, name, device) for name in (*WAYS, *PEERS)}
-    if shape[1] > plan.longest_loop:
-        tried |= {name: partial(too_long, plan.longest_loop) for name in LOOPS}
+    longest = QUADRATIC | {name: min(plan.longest_loop, QUADRATIC.get(name, plan.longest_loop)) for name in LOOPS}
+    tried |= {name: partial(too_long, limit) for name, limit in longest.items() if shape[1] > limit}
     if device == "cuda" and shape in plan.compiled_shapes:
         tried |= compiled()
     return tried
@@ -205,7 +207,7 @@ def pooling(plan: Plan, device: str, budget: float) -> list[Row]:
             calls = {name: call_way(way, problem, backward) for name, way in ways.items()}
             new = speed_rows(interleaved(calls, budget), **cell, part=part)
             for row in new:
-                if row["what"] in (*WAYS, *PEERS):  # not the compiled ones
+                if backward and row["what"] in (*WAYS, *PEERS):  # not the compiled ones
                     row["mib"] = peak_mib(pool_call, shape, row["what"], dtype, backward, device=device)
             rows += new
     return rows
@@ -233,17 +235,26 @@ def layer_rows(shape: Shape, names: Sequence[str], part: str, memory: bool, devi
     return rows
 
 
-def layer(plan: Plan, device: str, budget: float) -> list[Row]:
-    """Milliseconds of a QRNN layer, nn.LSTM and nn.GRU of the same width."""
+def grid_rows(name: str, grids: Sequence[Grid], device: str, budget: float) -> list[Row]:
     cells = [
         ((batch, time, grid.width), part, grid.memory)
-        for grid in plan.grids
+        for grid in grids
         for batch in grid.batches
         for time in grid.lengths
         for part in grid.parts
     ]
-    bar = progress(cells, desc="layer", unit="cell")
+    bar = progress(cells, desc=name, unit="cell")
     return [row for shape, part, memory in bar for row in layer_rows(shape, (*LAYERS,), part, memory, device, budget)]
+
+
+def layer(plan: Plan, device: str, budget: float) -> list[Row]:
+    """Milliseconds and memory of a QRNN layer, nn.LSTM and nn.GRU of the same width."""
+    return grid_rows("layer", plan.grids, device, budget)
+
+
+def paper(plan: Plan, device: str, budget: float) -> list[Row]:
+    """The same in the grid of the paper's Fig. 4."""
+    return grid_rows("paper", plan.paper_grids, device, budget)
 
 
 def scaling(plan: Plan, device: str, budget: float) -> list[Row]:
@@ -319,7 +330,7 @@ def roofline(plan: Plan, device: str, budget: float) -> list[Row]:
 
 # --- the command line ------------------------------------------------------------------------------------------------
 
-TABLES = {table.__name__: table for table in (precision, pooling, layer, scaling, experiment, roofline, profile)}
+TABLES = {table.__name__: table for table in (precision, pooling, layer, paper, scaling, experiment, roofline, profile)}
 
 
 class Parser(argparse.ArgumentParser):

@@ -57,6 +57,7 @@ WAYS: dict[str, Way] = {method: partial(pool, method=method) for method in ("aut
     "Python loop, unbind, autograd": loop_by_autograd,
 }
 LOOPS = ("loop", "Python loop, autograd", "Python loop, unbind, autograd")
+QUADRATIC = {"Python loop, autograd": 128, "torch.associative_scan": 32}  # in T, going backward: the longest T to try
 
 
 def compiled() -> dict[str, Callable[[], Way]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import sys
@@ -9,7 +10,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NoReturn
 
 import matplotlib
 
@@ -257,7 +258,7 @@ def layer_speed(content: Row) -> str:
 
 def paper_grid(content: Row) -> str:
     """Fig. 4 of the paper: LSTM's time over the QRNN's: in the paper, inference / here, inference / here, training."""
-    times = by(measured(content["layer"], H=PAPER_WIDTH), "B", "T", "part", "what")
+    times = by(measured(content["paper"], H=PAPER_WIDTH), "B", "T", "part", "what")
 
     def cell(batch: int, time: int, paper: float) -> str:
         ours = [
@@ -345,9 +346,22 @@ BENCHMARK = {
 }
 
 
+class NotMeasured(Exception):
+    """A table that the benchmark's file does not have."""
+
+
+class Content(dict):
+    """The benchmark's file."""
+
+    def __missing__(self, table: str) -> NoReturn:
+        raise NotMeasured(table)
+
+
 def block(name: str, device: str = "cpu") -> str:
-    content = load(f"benchmark-{device}.json")
-    return BENCHMARK[name](content)
+    try:
+        return BENCHMARK[name](Content(load(f"benchmark-{device}.json")))
+    except NotMeasured as missing:
+        return f"Not measured yet: `python benchmark.py --only {missing}` does it."
 
 
 def gpu() -> str:
@@ -368,7 +382,7 @@ def device_name(content: Row) -> str:
 
 def draw_speed(content: Row, path: Path) -> None:
     """The grid of the paper's Fig. 4 as heat maps: the paper's, and ours in inference and in training."""
-    times = by(measured(content["layer"], H=PAPER_WIDTH), "B", "T", "part", "what")
+    times = by(measured(content["paper"], H=PAPER_WIDTH), "B", "T", "part", "what")
     grids = {"the paper's kernel over cuDNN's\nLSTM, inference": list(PAPER.values())}
     for part in ("inference", "training"):
         grids[f"ours over nn.LSTM,\n{part}, {device_name(content)}"] = [
@@ -462,4 +476,5 @@ if __name__ == "__main__":
         if (RESULTS / f"benchmark-{device}.json").exists():
             suffix = "" if device == "cpu" else f"-{device}"
             for name, (draw, _) in DRAWINGS.items():
-                draw(load(f"benchmark-{device}.json"), assets / f"{name}{suffix}.png")
+                with contextlib.suppress(NotMeasured):
+                    draw(Content(load(f"benchmark-{device}.json")), assets / f"{name}{suffix}.png")

@@ -27,8 +27,8 @@ TINY = Plan(
     precision_biases=(0.0,),
     pool_shapes=(SHAPE, (1, 16, 4)),
     longest_loop=8,
+    paper_grids=(Grid(320, (8, 16), (4,), ("inference", TRAINING)),),
     grids=(
-        Grid(320, (8, 16), (4,), ("inference", TRAINING)),
         Grid(640, (1, 2), (4,), ("inference", TRAINING), memory=True),
         Grid(640, (1,), (4,), (STACKED,)),
     ),
@@ -119,12 +119,12 @@ def test_every_way_to_pool_is_measured_or_skipped_with_a_reason(content, shape):
 
 def test_layers_are_compared_in_every_cell(content):
     cells = {}
-    for row in content["layer"]:
+    for row in (*content["layer"], *content["paper"]):
         cells.setdefault((row["H"], row["B"], row["T"], row["part"]), set()).add(row["what"])
         assert ("mib" in row) == (row["H"] == 640 and row["part"] != STACKED)
     assert set(cells) == {
         (grid.width, batch, time, part)
-        for grid in TINY.grids
+        for grid in (*TINY.grids, *TINY.paper_grids)
         for batch in grid.batches
         for time in grid.lengths
         for part in grid.parts
@@ -134,7 +134,7 @@ def test_layers_are_compared_in_every_cell(content):
 
 def test_the_whole_plan_has_the_cells_that_are_published(readme):
     plan = benchmark.PLAN
-    assert len(plan.grids[0].batches) * len(plan.grids[0].lengths) == 30
+    assert len(plan.paper_grids[0].batches) * len(plan.paper_grids[0].lengths) == 30
     assert (32, 128, 640) in plan.pool_shapes
     growing = {shape[1] for shape in plan.pool_shapes if shape[0] * shape[1] == 65_536}
     assert (
@@ -167,7 +167,7 @@ def test_rates_of_the_roofline_follow_from_its_times(content):
 
 
 def test_ratios_are_of_the_same_run(content, readme):
-    times = {(row["H"], row["B"], row["part"], row["what"]): row["ms"] for row in content["layer"]}
+    times = {(row["H"], row["B"], row["part"], row["what"]): row["ms"] for row in content["paper"]}
     ratios = [times[320, 8, part, "LSTM"] / times[320, 8, part, "QRNN"] for part in ("inference", TRAINING)]
     assert f"| 8 | 5.5 / {ratios[0]:.1f} / {ratios[1]:.1f} |" in readme.paper_grid(content)
 
@@ -313,3 +313,8 @@ def test_tables_of_different_runs_are_not_mixed(content, folder, tmp_path, capsy
     assert captured.err.startswith("error: --only: benchmark-cpu.json differs in seed")
     assert captured.err.count("\n") == 1
     assert path.read_bytes() == before
+
+
+def test_a_table_that_is_missing_says_how_to_measure_it(readme, monkeypatch):
+    monkeypatch.setattr(readme, "load", lambda name: {})
+    assert "python benchmark.py --only paper" in readme.block("paper grid")
