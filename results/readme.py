@@ -117,16 +117,6 @@ def translation() -> str:
     return f"{made} BLEU: {first['bleu_signature']}; chrF: {first['chrf_signature']}."
 
 
-def data_parallel() -> str:
-    """How much faster two processes train than one, each with one thread."""
-    one, two = load("data-parallel-1.json"), load("data-parallel-2.json")
-    ratio = two["models"][0]["tokens_per_second"] / one["models"][0]["tokens_per_second"]
-    return (
-        f"Two processes of one thread each, started by torchrun, train a QRNN {ratio:.2f} times as fast as one, "
-        f"on the same batches and with the same result. {source('data-parallel-2.json', two)}"
-    )
-
-
 def draw_comparison(name: str, path: Path) -> None:
     """Validation perplexity of the models of a run against epochs and against minutes of training."""
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.3), sharey=True, layout="constrained")
@@ -445,7 +435,6 @@ BLOCKS = {
     "comparison": comparison,
     "sentiment": sentiment,
     "translation": translation,
-    "data parallel": data_parallel,
     **{name: partial(block, name) for name in BENCHMARK},
     "gpu": gpu,
 }
