@@ -25,6 +25,7 @@ from torch import nn
 
 from checkpoint import CheckpointError, load_checkpoint, write_file
 from corpora import CorpusError
+from machine import keep_freed_memory
 from report import Layout, describe_time, write_report
 from settings import InputError, Settings
 from training import Batches, Step, StopSignal, Trainer, TrainingError, agree, evaluate, seconds_per_item
@@ -133,6 +134,7 @@ def run(config: RunConfig, prepare: Callable[[int], Task]) -> int:
         TrainingError, OSError: nothing that was written is lost.
     """
     accelerator = Accelerator(cpu=config.device == "cpu")
+    keep_freed_memory()
     record = read_record(config)
     with accelerator.main_process_first():
         task = prepare(accelerator.num_processes)

@@ -113,7 +113,7 @@ def dropout_between(config: Config) -> float:
 
 
 def build_qrnn(config: Config, hidden: int) -> QRNN:
-    return QRNN(
+    rnn = QRNN(
         config.embedding,
         hidden,
         config.layers,
@@ -123,8 +123,12 @@ def build_qrnn(config: Config, hidden: int) -> QRNN:
         mode=config.mode,
         zoneout=config.zoneout,
         activation=config.activation,
+        dense=config.dense,
         method=config.method,
     )
+    if config.forget_bias:
+        rnn.reset_parameters(config.forget_bias)
+    return rnn
 
 
 def build_lstm(config: Config, hidden: int) -> nn.LSTM:

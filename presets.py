@@ -54,6 +54,10 @@ class Comparison:
     """QRNN: of the candidate. tanh is the paper's; a positive one is pooled faster in log space."""
     zoneout: float = 0.1
     """QRNN: probability that a channel keeps its state for a step, in training."""
+    forget_bias: float = 0.0
+    """QRNN: added to the bias of the forget gate at the start; a positive one remembers longer."""
+    dense: bool = False
+    """QRNN: feed each layer with the word vectors and the outputs of all layers before it."""
     method: Literal["auto", "loop", "log", "blocked", "scan"] = "auto"
     """QRNN: how the recurrence is computed. All give the same result; auto takes the fastest on the device."""
     dropout: float = 0.4
@@ -81,6 +85,7 @@ class Config(RunConfig, Comparison):  # in --help the fields of the last base co
             check_range(name, getattr(self, name), low=1)
         for name in ("zoneout", "dropout", "dropout_embedding", "dropout_output"):
             check_range(name, getattr(self, name), low=0, high=1)
+        check_range("forget_bias", self.forget_bias)
         if self.vocabulary is not None:
             check_range("vocabulary", self.vocabulary, low=3)  # <eos>, <unk> and a word
 
