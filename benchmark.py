@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -25,7 +28,7 @@ from corpora import SentenceBatches
 from experiment import build_model
 from instruments import Row, Shape, interleaved, peak_mib, speed_rows, time_shares
 from language_model import next_word_loss
-from machine import provenance
+from machine import keep_freed_memory, provenance
 from peers import (
     LOOPS,
     PEERS,
@@ -96,6 +99,8 @@ class Plan:
     roofline_shape: Shape = (32, 512, 640)
     matrix_size: int = 4096
     profile_shape: Shape = (32, 128, 640)
+    processes: tuple[int, ...] = (1, 2, 1, 2)
+    process_flags: str = "--preset small --corpus synthetic --vocabulary None --epochs 1 --models qrnn"
 
 
 PLAN = Plan()
@@ -229,8 +234,8 @@ def layer_call(shape: Shape, name: str, part: str, device: str) -> Callable[[], 
 def layer_rows(shape: Shape, names: Sequence[str], part: str, memory: bool, device: str, budget: float) -> list[Row]:
     calls = {name: layer_call(shape, name, part, device) for name in names}
     rows = speed_rows(interleaved(calls, budget), **dict(zip("BTH", shape, strict=True)), part=part)
-    if memory:
-        for row in rows:
+    for row in rows:
+        if memory and row["what"] != "GRU":
             row["mib"] = peak_mib(layer_call, shape, row["what"], part, device=device)
     return rows
 
@@ -275,6 +280,7 @@ def profile(plan: Plan, device: str, budget: float) -> list[Row]:
 
 def experiment(plan: Plan, device: str, budget: float) -> list[Row]:
     """Tokens a second of training steps of experiment.py, on random words."""
+    keep_freed_memory()  # as experiment.py does
     rows = []
     for config in progress(plan.presets, desc="experiment", unit="preset"):
         for amp in (None, "bf16") if device == "cuda" else (None,):
@@ -290,6 +296,23 @@ def experiment(plan: Plan, device: str, budget: float) -> list[Row]:
                 rows.append(
                     row | {"hidden": models[row["what"]].hidden, "tokens_per_s": 1e3 * batches.tokens / row["ms"]}
                 )
+    return rows
+
+
+def processes(plan: Plan, device: str, budget: float) -> list[Row]:
+    """Tokens a second of experiment.py under torchrun, each process with a core of its own, the global batch the same.
+
+    On the artificial language, whose softmax is small: what the processes send each other is then most of the cost."""
+    rows = []
+    for turn, count in enumerate(progress(plan.processes, desc="processes", unit="run")):
+        with TemporaryDirectory() as folder:
+            launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
+            command = [*launcher, str(RESULTS.parent / "experiment.py"), *plan.process_flags.split()]
+            command += ["--device", device, "--name", "run"]
+            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+            subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True)
+            result = json.loads((Path(folder) / "runs" / "run" / "results.json").read_text())["models"][0]
+        rows.append({"processes": count, "turn": turn, "tokens_per_s": result["tokens_per_second"]})
     return rows
 
 
@@ -330,7 +353,10 @@ def roofline(plan: Plan, device: str, budget: float) -> list[Row]:
 
 # --- the command line ------------------------------------------------------------------------------------------------
 
-TABLES = {table.__name__: table for table in (precision, pooling, layer, paper, scaling, experiment, roofline, profile)}
+TABLES = {  # `experiment` comes last: it changes how the system hands out memory
+    table.__name__: table
+    for table in (precision, pooling, layer, paper, scaling, roofline, profile, processes, experiment)
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -358,15 +384,6 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     return options
 
 
-def measure(plan: Plan, tables: Sequence[str], device: str, budget: float, seed: int) -> dict[str, list[Row]]:
-    """The rows of each table."""
-    result = {}
-    for table in tables:
-        torch.manual_seed(seed)
-        result[table] = TABLES[table](plan, device, budget)
-    return result
-
-
 def kept(path: Path, origin: dict[str, Any]) -> dict[str, Any]:
     """What the file already holds; raises InputError: it was made by another commit, machine or setting."""
     if not path.exists():
@@ -390,9 +407,11 @@ def main(arguments: Sequence[str], plan: Plan = PLAN, folder: Path = RESULTS) ->
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    content |= measure(plan, options.only or [*TABLES], options.device, options.budget, options.seed)
     folder.mkdir(exist_ok=True)
-    write_file(path, json.dumps(content, indent=1) + "\n")
+    for table in options.only or TABLES:
+        torch.manual_seed(options.seed)
+        content[table] = TABLES[table](plan, options.device, options.budget)
+        write_file(path, json.dumps(content, indent=1) + "\n")
     print(f"wrote {folder.name}/{path.name}; `make results` brings it into the README")
     return 0
 

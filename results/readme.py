@@ -276,6 +276,16 @@ def experiment_speed(content: Row) -> str:
     return table(["preset", "QRNN, tokens/s", "LSTM, tokens/s", "ratio"], lines)
 
 
+def data_parallel(content: Row) -> str:
+    """How many times as many tokens several processes read as one."""
+    speeds: dict[int, list[float]] = {}
+    for row in content["processes"]:
+        speeds.setdefault(row["processes"], []).append(row["tokens_per_s"])
+    one, *others = ((count, median(values)) for count, values in sorted(speeds.items()))
+    lines = [f"{count} processes read {speed / one[1]:.2f} times as many" for count, speed in others]
+    return f"Tokens a second, one core a process: one reads {one[1]:,.0f}, {', '.join(lines)}."
+
+
 def layer_growth(content: Row) -> str:
     """Time and memory per token of pooling and of a layer, against T at constant B T, and against B at constant T."""
     pooling = [row | {"what": "pooling"} for row in measured(growth_of_pooling(content), what="auto")]
@@ -329,6 +339,7 @@ BENCHMARK = {
     "layer speed": layer_speed,
     "paper grid": paper_grid,
     "experiment speed": experiment_speed,
+    "data parallel": data_parallel,
     "layer growth": layer_growth,
     "roofline": roofline,
     "profile": profile,
