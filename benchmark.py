@@ -300,11 +300,12 @@ def experiment(plan: Plan, device: str, budget: float) -> list[Row]:
 
 
 def processes(plan: Plan, device: str, budget: float) -> list[Row]:
-    """Tokens a second of experiment.py under torchrun, each process with a core of its own, the global batch the same.
-
-    On the artificial language, whose softmax is small: what the processes send each other is then most of the cost."""
+    """Tokens a second of experiment.py under torchrun, each process with a core or a GPU of its own, the global batch
+    the same. On the artificial language, whose softmax is small: what they send each other is then much of the cost."""
     rows = []
-    for turn, count in enumerate(progress(plan.processes, desc="processes", unit="run")):
+    most = torch.cuda.device_count() if device == "cuda" else os.cpu_count() or 1
+    counts = [count for count in plan.processes if count <= most]
+    for turn, count in enumerate(progress(counts, desc="processes", unit="run")):
         with TemporaryDirectory() as folder:
             launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
             command = [*launcher, str(RESULTS.parent / "experiment.py"), *plan.process_flags.split()]
@@ -408,7 +409,7 @@ def main(arguments: Sequence[str], plan: Plan = PLAN, folder: Path = RESULTS) ->
         print(f"error: {error}", file=sys.stderr)
         return 2
     folder.mkdir(exist_ok=True)
-    for table in options.only or TABLES:
+    for table in (name for name in TABLES if not options.only or name in options.only):
         torch.manual_seed(options.seed)
         content[table] = TABLES[table](plan, options.device, options.budget)
         write_file(path, json.dumps(content, indent=1) + "\n")

@@ -44,6 +44,8 @@ class Run:
     """Which models to train, in this order."""
     name: str | None = None
     """Name of the run: its folder is runs/NAME. None: after the task, the preset and the seed."""
+    test: bool = True
+    """Read the test split when a model is finished. --no-test: not while you still choose settings."""
     resume: bool = False
     """Go on with a run that was stopped or killed. Give the same flags as before."""
 
@@ -102,13 +104,13 @@ class Task(ABC):
         """The part of a model that is compared; the rest is the same in all."""
 
     @abstractmethod
-    def judge(self, model: nn.Module, valid_loss: float, finished: bool) -> dict[str, Any]:
+    def judge(self, model: nn.Module, valid_loss: float, test: bool) -> dict[str, Any]:
         """What the result of a model says beside what is measured in training, as JSON values.
 
         Args:
             model: with the weights of its best epoch, or where it was interrupted.
             valid_loss: of these weights.
-            finished: whether training is over; before that the test split must not be read.
+            test: whether to read the test split: training is over, and nobody said --no-test.
         """
 
     def validate(self, model: nn.Module) -> float:
@@ -278,7 +280,7 @@ def train_model(task: Task, name: str, stop: StopSignal) -> dict[str, Any]:
         "recurrent_parameters": count_parameters(task.recurrent(model)),
         "parameters": count_parameters(model),
         "best_epoch": best_epoch,
-        **task.judge(model, best_loss, loss is None),
+        **task.judge(model, best_loss, loss is None and task.config.test),
         "tokens_per_second": progress.items / progress.seconds,
         "training_seconds": progress.seconds,
         "wall_seconds": progress.wall_seconds,

@@ -126,8 +126,9 @@ def build_qrnn(config: Config, hidden: int) -> QRNN:
         dense=config.dense,
         method=config.method,
     )
-    if config.forget_bias:
-        rnn.reset_parameters(config.forget_bias)
+    with torch.no_grad():
+        for layer in rnn.layers:
+            layer.bias[hidden : 2 * hidden] += config.forget_bias
     return rnn
 
 
@@ -211,8 +212,8 @@ class LanguageModelling(Task):
     def validate(self, model: nn.Module) -> float:
         return evaluate(model, self.step, self.valid, self.data.floor.get("valid"))
 
-    def judge(self, model: LanguageModel, valid_loss: float, finished: bool) -> dict[str, Any]:
-        test_loss = evaluate(model, self.step, self.data.test, self.data.floor.get("test")) if finished else None
+    def judge(self, model: LanguageModel, valid_loss: float, test: bool) -> dict[str, Any]:
+        test_loss = evaluate(model, self.step, self.data.test, self.data.floor.get("test")) if test else None
         return {
             "valid_perplexity": perplexity(valid_loss),
             "test_perplexity": None if test_loss is None else perplexity(test_loss),

@@ -79,9 +79,8 @@ def _memory_gib() -> float | None:
 def keep_freed_memory() -> None:
     """On Linux with glibc: keep large blocks when they are freed, to be used again, as PyTorch does on a GPU. Else each
     goes back to the system, and every page of the next one is handed out anew, at every training step."""
-    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
-        trim_threshold, mmap_max = -1, -4  # names of glibc's malloc.h
-        libc = ctypes.CDLL(None)
+    trim_threshold, mmap_max = -1, -4  # names of glibc's malloc.h
+    if libc := _glibc():
         libc.mallopt(trim_threshold, 2**31 - 1)
         libc.mallopt(mmap_max, 0)
 
@@ -89,10 +88,16 @@ def keep_freed_memory() -> None:
 def reset_peak_memory(device: torch.device) -> None:
     """Start measuring `peak_memory` anew, where the system can: on CUDA and on Linux."""
     gc.collect()
+    if libc := _glibc():
+        libc.malloc_trim(0)  # give back what was kept
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     elif Path("/proc/self/clear_refs").exists():
         Path("/proc/self/clear_refs").write_text("5")  # 5 sets the high-water mark back to what is resident now
+
+
+def _glibc() -> ctypes.CDLL | None:
+    return ctypes.CDLL(None) if sys.platform == "linux" and platform.libc_ver()[0] == "glibc" else None
 
 
 def peak_memory(device: torch.device) -> int:

@@ -85,7 +85,7 @@ class Config(RunConfig, Comparison):  # in --help the fields of the last base co
             check_range(name, getattr(self, name), low=1)
         for name in ("zoneout", "dropout", "dropout_embedding", "dropout_output"):
             check_range(name, getattr(self, name), low=0, high=1)
-        check_range("forget_bias", self.forget_bias)
+        check_range("forget_bias", self.forget_bias, low=-20, high=20)
         if self.vocabulary is not None:
             check_range("vocabulary", self.vocabulary, low=3)  # <eos>, <unk> and a word
 

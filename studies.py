@@ -1,109 +1,184 @@
 """The runs behind the README's results: `python studies.py ablation --data wikitext-2` makes results/ablation.json.
 
-A study is a list of runs of experiment.py. They go two at a time, each on half of the cores, which is faster for models
-this small than one after the other. What is finished is not run again, what was stopped goes on.
+A study is a list of runs of experiment.py. They go two at a time, each on half of the cores. What is finished is not
+run again, what was stopped goes on.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
 from checkpoint import write_file
-from comparison import RUNS
+from comparison import RUNS, exit_code
 from machine import provenance
+from settings import InputError
 
 ROOT = Path(__file__).parent
+RESULTS = ROOT / "results"
+JOBS = 2  # runs at a time
 SMALL = "--preset small --amp bf16"
-QRNN, LSTM = "--models qrnn", "--models lstm"
-SHORT = f"{SMALL} {QRNN} --epochs 1"
-STREAM = "--preset small --amp bf16 --protocol stream --vocabulary None"
+SHORT = f"{SMALL} --epochs 1 --no-test --models qrnn"
+SHORT_LSTM = f"{SMALL} --epochs 1 --no-test --models lstm"
+STREAM = "--preset small --protocol stream --vocabulary None"
 
 
-class Run(NamedTuple):
+class Job(NamedTuple):
+    """A run: its flags, and what to run."""
+
     flags: str
     script: str = "experiment.py"
 
 
-ABLATION = {
-    # one thing changed at a time; the widths give as many recurrent parameters as the first has, within 1 %
-    "ifo, tanh, k = 2": Run(SHORT),
-    "LSTM": Run(f"{SMALL} {LSTM} --epochs 1"),
-    "softplus": Run(f"{SHORT} --activation softplus"),
-    "exp": Run(f"{SHORT} --activation exp"),
-    "fo": Run(f"{SHORT} --mode fo --hidden 251"),
-    "f": Run(f"{SHORT} --mode f --hidden 325"),
-    "k = 1": Run(f"{SHORT} --kernel-size 1 --hidden 325"),
-    "k = 3": Run(f"{SHORT} --kernel-size 3 --hidden 158"),
-    "k = 5": Run(f"{SHORT} --kernel-size 5 --hidden 109"),
-    "zoneout 0.1": Run(f"{SHORT} --zoneout 0.1"),
-    "zoneout 0.3": Run(f"{SHORT} --zoneout 0.3"),
-    "dense": Run(f"{SHORT} --dense --hidden 152"),
-    "forget bias 1": Run(f"{SHORT} --forget-bias 1"),
-    "fo, softplus": Run(f"{SHORT} --mode fo --hidden 251 --activation softplus"),
-    "fo, softplus, zoneout 0.1": Run(f"{SHORT} --mode fo --hidden 251 --activation softplus --zoneout 0.1"),
-    "method blocked": Run(f"{SHORT} --method blocked"),
-    "method log": Run(f"{SHORT} --method log"),
-    "ifo, tanh, k = 2, seed 1": Run(f"{SHORT} --seed 1"),
-    "LSTM, seed 1": Run(f"{SMALL} {LSTM} --epochs 1 --seed 1"),
-    "fo, seed 1": Run(f"{SHORT} --mode fo --hidden 251 --seed 1"),
-}
-STUDIES: dict[str, dict[str, Run]] = {"ablation": ABLATION}
+Jobs = dict[str, Job]  # by what the README calls them
 
 
-def run(study: str, label: str, data: Path, threads: int) -> tuple[str, dict[str, Any]]:
-    """The label and what came out: the content of the run's results.json, or {"error": a line}."""
-    flags, script = STUDIES[study][label]
-    name = f"{study}-{[*STUDIES[study]].index(label):02}"
-    command = [sys.executable, script, *flags.split(), "--data", str(data), "--name", name, "--resume"]
-    path = RUNS / name / "results.json"
+# --- the studies -----------------------------------------------------------------------------------------------------
+
+
+def ablation() -> Jobs:
+    """The widths give each QRNN as many recurrent parameters as the first has, within 1 %."""
+    return {
+        "ifo, tanh, k = 2": Job(SHORT),
+        "the same, seed 1": Job(f"{SHORT} --seed 1"),
+        "LSTM": Job(SHORT_LSTM),
+        "LSTM, seed 1": Job(f"{SHORT_LSTM} --seed 1"),
+        "softplus": Job(f"{SHORT} --activation softplus"),
+        "exp": Job(f"{SHORT} --activation exp"),
+        "fo": Job(f"{SHORT} --mode fo --hidden 251"),
+        "fo, seed 1": Job(f"{SHORT} --mode fo --hidden 251 --seed 1"),
+        "f": Job(f"{SHORT} --mode f --hidden 325"),
+        "k = 1": Job(f"{SHORT} --kernel-size 1 --hidden 325"),
+        "k = 3": Job(f"{SHORT} --kernel-size 3 --hidden 158"),
+        "k = 5": Job(f"{SHORT} --kernel-size 5 --hidden 109"),
+        "zoneout 0.1": Job(f"{SHORT} --zoneout 0.1"),
+        "zoneout 0.3": Job(f"{SHORT} --zoneout 0.3"),
+        "dense": Job(f"{SHORT} --dense --hidden 152"),
+        "forget bias 1": Job(f"{SHORT} --forget-bias 1"),
+        "fo and softplus": Job(f"{SHORT} --mode fo --hidden 251 --activation softplus"),
+        "fo, softplus and zoneout 0.1": Job(f"{SHORT} --mode fo --hidden 251 --activation softplus --zoneout 0.1"),
+        "method blocked": Job(f"{SHORT} --method blocked"),
+        "method log": Job(f"{SHORT} --method log"),
+        "in float32": Job(SHORT.replace(" --amp bf16", "")),
+        "LSTM in float32": Job(SHORT_LSTM.replace(" --amp bf16", "")),
+    }
+
+
+def numerics() -> Jobs:
+    """The derived backward pass and the closed form left to autograd, in float32, on long pieces of text."""
+    model = f"{STREAM} --models qrnn --corpus ptb --mode fo --hidden 251 --activation softplus --epochs 2"
+    jobs = {}
+    for length, rows in ((256, 16), (1024, 4)):
+        flags = f"{model} --bptt {length} --batch-size {rows}"
+        jobs[f"T = {length}, scan"] = Job(f"{flags} --method scan")
+        jobs[f"T = {length}, closed form, autograd"] = Job(flags, "examples/closed_form.py")
+    return jobs
+
+
+def tuned() -> Jobs:
+    """Both models with the settings that were best for each in results/tuning.json."""
+    return {
+        f"{model}, seed {seed}": Job(f"{SMALL} --epochs 3 --models {model} --seed {seed} {best_flags(model)}")
+        for seed in range(3)
+        for model in ("qrnn", "lstm")
+    }
+
+
+def best_flags(model: str) -> str:
+    """The flags of the trial that was best on validation; raises InputError: there are no trials."""
+    path = RESULTS / "tuning.json"
+    if not path.exists():
+        raise InputError("results/tuning.json is missing; run examples/tune.py first")
+    runs = [run for run in json.loads(path.read_text())["runs"].values() if "error" not in run]
+    (best, *_) = sorted(
+        (run["models"][0]["valid_perplexity"], run["config"]) for run in runs if run["config"]["models"] == [model]
+    )
+    names = ("lr", "dropout", "dropout_embedding", "dropout_output", "weight_decay")
+    return " ".join(f"--{name.replace('_', '-')} {best[1][name]}" for name in names)
+
+
+def ptb() -> Jobs:
+    """The Penn Treebank as one stream."""
+    sizes = "--embedding 256 --hidden 256 --batch-size 20 --bptt 70 --epochs 15"
+    dropout = "--dropout 0.4 --dropout-embedding 0.4 --dropout-output 0.4"
+    flags = f"{STREAM} --corpus ptb {sizes} {dropout}"
+    return {model: Job(f"{flags} --models {model}") for model in ("qrnn", "lstm")}
+
+
+STUDIES: dict[str, Callable[[], Jobs]] = {study.__name__: study for study in (ablation, numerics, tuned, ptb)}
+
+
+# --- how they are carried out ----------------------------------------------------------------------------------------
+
+
+def carry_out(study: str, jobs: Jobs, data: Path) -> int:
+    """Run what is not finished yet and write results/STUDY.json after each run.
+
+    Returns:
+        the exit code: 0, 1 if a run failed, 130 if it was interrupted.
+
+    Raises:
+        InputError: the data is not there.
+    """
+    if not data.is_dir():
+        raise InputError(f"--data {data}: no folder; give the one with the corpus")
+    origin, done = provenance(seed=0, device="cpu"), {}
+    with ThreadPoolExecutor(JOBS) as pool:
+        futures = {pool.submit(perform, study, job, data.resolve()): label for label, job in jobs.items()}
+        try:
+            for future in tqdm(as_completed(futures), total=len(jobs), desc=study, unit="run"):
+                done[futures[future]] = future.result()
+                content = origin | {"runs": {label: done[label] for label in jobs if label in done}}
+                write_file(RESULTS / f"{study}.json", json.dumps(content, indent=1) + "\n")
+        except KeyboardInterrupt:  # which the runs got too
+            pool.shutdown(cancel_futures=True)
+            print("stopped; the same command goes on", file=sys.stderr)
+            return 130
+    failed = [f"{label}: {content['error']}" for label, content in done.items() if "error" in content]
+    print("\n".join([*failed, f"wrote results/{study}.json; `make results` brings it into the README"]))
+    return 1 if failed else 0
+
+
+def perform(study: str, job: Job, data: Path) -> dict[str, Any]:
+    """What came out: the content of the run's results.json, or {"error": a line}."""
+    identity = hashlib.sha256(f"{job.script} {job.flags} {data.name}".encode()).hexdigest()[:8]
+    name = f"{study}-{identity}"  # a run with other flags is another run
+    path = ROOT / RUNS / name / "results.json"
     if not finished(path):
         (ROOT / RUNS).mkdir(exist_ok=True)
         with open(ROOT / RUNS / f"{name}.log", "a+") as log:
+            threads = max(1, (os.cpu_count() or 1) // JOBS)
             environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+            command = [sys.executable, job.script, *job.flags.split(), "--data", str(data), "--name", name, "--resume"]
             code = subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=log).returncode
             if code:
                 log.seek(0)
-                return label, {"error": log.read().strip().splitlines()[-1]}
-    return label, json.loads((ROOT / path).read_text())
+                (last,) = log.read().strip().splitlines()[-1:] or [""]
+                return {"error": f"exit code {code}: {last}"}
+    return json.loads(path.read_text())
 
 
 def finished(path: Path) -> bool:
-    return (ROOT / path).exists() and not json.loads((ROOT / path).read_text())["interrupted"]
+    return path.exists() and not json.loads(path.read_text())["interrupted"]
 
 
 def main(arguments: Sequence[str]) -> int:
-    """The exit code: 0, or 1 if a run failed."""
+    """The exit code, see `carry_out`; 2 if the input was wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", choices=STUDIES)
     parser.add_argument("--data", type=Path, required=True, help="folder with the corpus")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time (2)")
     options = parser.parse_args(arguments)
-    threads = max(1, (os.cpu_count() or 1) // options.jobs)
-    path, labels = ROOT / "results" / f"{options.study}.json", [*STUDIES[options.study]]
-    done: dict[str, dict[str, Any]] = {}
-    with ThreadPoolExecutor(options.jobs) as pool:
-        one = partial(run, options.study, data=options.data.resolve(), threads=threads)
-        futures = [pool.submit(one, label) for label in labels]
-        for future in tqdm(as_completed(futures), total=len(labels), desc=options.study, unit="run"):
-            label, content = future.result()
-            done[label] = content
-            runs = {label: done[label] for label in labels if label in done}
-            content = provenance(seed=0, device="cpu") | {"runs": runs}
-            write_file(path, json.dumps(content, indent=1) + "\n")
-    failed = [f"{label}: {content['error']}" for label, content in done.items() if "error" in content]
-    print("\n".join([*failed, f"wrote results/{path.name}; `make results` brings it into the README"]))
-    return 1 if failed else 0
+    return exit_code(lambda: carry_out(options.study, STUDIES[options.study](), options.data))
 
 
 if __name__ == "__main__":

@@ -293,12 +293,12 @@ class Sentiment(Task):
     def recurrent(self, model: Classifier) -> nn.Module:
         return model.rnn
 
-    def judge(self, model: Classifier, valid_loss: float, finished: bool) -> dict[str, Any]:
+    def judge(self, model: Classifier, valid_loss: float, test: bool) -> dict[str, Any]:
         predictions = predict(model, self.valid)
         return {
             "valid_loss": valid_loss,
             "valid": accuracy(predictions),
-            "test": accuracy(predict(model, self.test)) if finished else None,
+            "test": accuracy(predict(model, self.test)) if test else None,
             "examples": most_certain(predictions, self.tokenizer),
         }
 

@@ -185,12 +185,12 @@ class Translating(Task):
     def recurrent(self, model: QRNNSeq2Seq | LSTMSeq2Seq) -> nn.ModuleList:
         return recurrent_part(model)
 
-    def judge(self, model: QRNNSeq2Seq | LSTMSeq2Seq, valid_loss: float, finished: bool) -> dict[str, Any]:
+    def judge(self, model: QRNNSeq2Seq | LSTMSeq2Seq, valid_loss: float, test: bool) -> dict[str, Any]:
         samples, found = self.text.valid[:SAMPLES], self.translate(model, self.text.valid[:SAMPLES])
         shortest = min(range(len(samples)), key=lambda i: len(samples[i].source))
         return {
             "valid_perplexity": perplexity(valid_loss),
-            **(self.test_scores(model) if finished else {}),
+            **(self.test_scores(model) if test else {}),
             "samples": [
                 {"source": pair.source, "reference": pair.target, "translation": self.vocabulary.decode(best.tokens)}
                 for pair, best in zip(samples, found, strict=True)

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from statistics import median
+from statistics import mean, median, stdev
 from typing import Any, NoReturn
 
 import matplotlib
@@ -78,6 +78,81 @@ def comparison() -> str:
     ]
     header = ["model", "parameters, recurrent / all", "best epoch", "validation", "test", "tokens/s", "time", "memory"]
     return f"{table(header, rows)}\n\n{source(name, content)}"
+
+
+def study(name: str, first: str, test: bool = False) -> str:
+    """The runs of a study, one model each."""
+    path = f"{name}.json"
+    if not (RESULTS / path).exists():
+        return f"Not run yet: `python studies.py {name} --data DIR` does it."
+    content = load(path)
+    rows = []
+    for label, run in content["runs"].items():
+        (model,) = run["models"]
+        sizes = [f"{model['hidden']}", f"{model['recurrent_parameters']:,} / {model['parameters']:,}"]
+        scores = [model["valid_perplexity"], *([model["test_perplexity"]] if test else [])]
+        rows.append([label, *sizes, *(f"{score:.1f}" for score in scores)])
+    header = [first, "units", "parameters, recurrent / all", "validation perplexity", *(["test perplexity"] * test)]
+    return f"{table(header, rows)}\n\n{study_source(path, content)}"
+
+
+def tuning() -> str:
+    """The trials, which are the same for both models."""
+    path = "tuning.json"
+    if not (RESULTS / path).exists():
+        return "Not run yet: `python examples/tune.py --data DIR --preset small` does it."
+    content = load(path)
+    trials: dict[tuple[float, ...], dict[str, float]] = {}
+    for run in content["runs"].values():
+        values = tuple(run["config"][name] for name in ("lr", "dropout", "weight_decay"))
+        trials.setdefault(values, {})[run["models"][0]["model"]] = run["models"][0]["valid_perplexity"]
+    rows = [
+        [f"{lr:.2g}", f"{dropout:.2f}", f"{decay:.2g}", *(f"{scores[model]:.1f}" for model in MODELS)]
+        for (lr, dropout, decay), scores in trials.items()
+    ]
+    made = table(["learning rate", "dropout", "weight decay", *MODELS.values()], rows)
+    return f"{made}\n\n{study_source(path, content)}"
+
+
+def tuned() -> str:
+    """Mean and standard deviation over the seeds."""
+    path = "tuned.json"
+    if not (RESULTS / path).exists():
+        return "Not run yet: `python studies.py tuned --data DIR` does it."
+    content = load(path)
+    models: dict[str, list[Row]] = {}
+    for run in content["runs"].values():
+        models.setdefault(run["models"][0]["model"], []).append(run["models"][0])
+
+    def score(mine: list[Row], split: str) -> str:
+        values = [model[f"{split}_perplexity"] for model in mine]
+        return f"{mean(values):.1f} ± {stdev(values):.1f}"
+
+    rows = [
+        [
+            MODELS[name],
+            f"{mine[0]['hidden']}",
+            f"{mine[0]['recurrent_parameters']:,} / {mine[0]['parameters']:,}",
+            f"{len(mine)}",
+            score(mine, "valid"),
+            score(mine, "test"),
+        ]
+        for name, mine in models.items()
+    ]
+    header = ["model", "units", "parameters, recurrent / all", "seeds", "validation perplexity", "test perplexity"]
+    return f"{table(header, rows)}\n\n{study_source(path, content)}"
+
+
+def study_source(name: str, content: Row) -> str:
+    """As `source`, with the commits and threads of the runs themselves."""
+    runs = content["runs"].values()
+    commits = ", ".join(sorted({run["commit"][:9] for run in runs}))
+    (threads,) = {run["machine"]["threads"] for run in runs}
+    hours, cpu = sum(run["wall_seconds"] for run in runs) / 3600, content["machine"]["cpu"]
+    return (
+        f"`results/{name}`: `{content['command']}`, commit {commits}, {cpu}, {threads} core a run, "
+        f"torch {content['versions']['torch']}, Python {content['versions']['python']}; {hours:.1f} hours of runs."
+    )
 
 
 def example(name: str, header: list[str], cells: Callable[[Row], list[str]]) -> str:
@@ -444,6 +519,11 @@ DRAWINGS = {
 
 BLOCKS = {
     "comparison": comparison,
+    "tuning": tuning,
+    "ablation": partial(study, "ablation", "what is changed"),
+    "numerics": partial(study, "numerics", "pieces of T words", test=True),
+    "ptb": partial(study, "ptb", "model", test=True),
+    "tuned": tuned,
     "sentiment": sentiment,
     "translation": translation,
     **{name: partial(block, name) for name in BENCHMARK},

@@ -1,0 +1,66 @@
+"""Tune both models alike: a seeded random search over learning rate, dropout and weight decay, by validation alone.
+
+    python examples/tune.py --data wikitext-2 --trials 6 --preset small --epochs 1
+
+Each model gets the same trials; the first has the values of the preset and the flags. All flags of experiment.py can be
+given. The results are in results/tuning.json; the test split is not evaluated. Called again, it goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import optuna
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, its own folder is all that Python sees
+from comparison import exit_code, parse
+from presets import PRESETS, Config
+from settings import check_range
+from studies import Job, Jobs, carry_out
+
+SPACE = {
+    "lr": optuna.distributions.FloatDistribution(1e-3, 1.6e-2, log=True),
+    "dropout": optuna.distributions.FloatDistribution(0.0, 0.5),  # in all three places
+    "weight_decay": optuna.distributions.FloatDistribution(1e-4, 1e-1, log=True),
+}
+
+
+def trials(config: Config, count: int) -> list[dict[str, float]]:
+    """The values of each trial; they depend on the seed alone, so that all models get the same."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=config.seed))
+    study.enqueue_trial({name: getattr(config, name) for name in SPACE})
+    return [study.ask(SPACE).params for _ in range(count)]
+
+
+def search(flags: Sequence[str], data: Path, count: int) -> int:
+    """The exit code of `studies.carry_out`; raises InputError: a wrong flag."""
+    config = parse(flags, PRESETS)
+    check_range("trials", count, low=1)
+    for name, space in SPACE.items():
+        check_range(name, getattr(config, name), low=space.low, high=space.high)  # what is searched
+    jobs: Jobs = {}
+    for number, values in enumerate(trials(config, count)):
+        dropouts = " ".join(f"--{name} {values['dropout']}" for name in ("dropout-embedding", "dropout-output"))
+        own = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in values.items())
+        for model in config.models:
+            jobs[f"{model}, trial {number}"] = Job(f"{' '.join(flags)} --no-test --models {model} {own} {dropouts}")
+    return carry_out("tuning", jobs, data)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The exit code: 0, 1 if a run failed, 2 if the input was wrong, 130 if it was interrupted."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--data", type=Path, required=True, help="folder with the corpus")
+    parser.add_argument("--trials", type=int, default=8, help="of each model (8)")
+    options, flags = parser.parse_known_args(arguments)
+    return exit_code(lambda: search(flags, options.data, options.trials))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,153 @@
+"""The runs behind the README's results: their flags, the script that makes them, the search for settings."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+import closed_form
+import tune
+
+import qrnn_layer
+import studies
+from comparison import count_parameters, parse
+from experiment import build_model
+from presets import PRESETS
+from qrnn_layer import pool
+from studies import STUDIES, Job, main
+from synthetic import sample_sentences
+
+ROOT = Path(__file__).parents[1]
+TINY = "--preset demo --corpus text --embedding 8 --hidden 8 --epochs 1 --device cpu"
+
+
+@pytest.fixture
+def data(tmp_path):
+    """A folder with a small text."""
+    folder = tmp_path / "text"
+    folder.mkdir()
+    for split, seed, count in (("train", 1, 60), ("valid", 2, 20), ("test", 3, 20)):
+        lines = [" ".join(sentence) for sentence in sample_sentences(count, seed=seed)]
+        (folder / f"{split}.txt").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def write_tuning(folder: Path) -> None:
+    def trial(model: str, lr: float, valid_perplexity: float) -> dict:
+        dropouts = {"dropout": 0.3, "dropout_embedding": 0.3, "dropout_output": 0.3}
+        config = {"models": [model], "lr": lr, "weight_decay": 0.02, **dropouts}
+        return {"config": config, "models": [{"valid_perplexity": valid_perplexity}]}
+
+    runs = {"a": trial("qrnn", 0.001, 120.0), "b": trial("qrnn", 0.003, 100.0), "c": trial("lstm", 0.002, 110.0)}
+    (folder / "tuning.json").write_text(json.dumps({"runs": runs | {"d": {"error": "exit code 1: diverged"}}}))
+
+
+@pytest.mark.parametrize("study", STUDIES)
+def test_flags_are_understood_and_no_run_is_done_twice(study, tmp_path, monkeypatch):
+    monkeypatch.setattr(studies, "RESULTS", tmp_path)
+    write_tuning(tmp_path)
+    runs = STUDIES[study]()
+    assert len({(run.script, tuple(sorted(run.flags.split()))) for run in runs.values()}) == len(runs)
+    for run in runs.values():
+        assert (ROOT / run.script).exists()
+        assert len(parse(run.flags.split(), PRESETS).models) == 1
+
+
+def test_ablated_models_have_as_many_recurrent_parameters():
+    configs = [parse(run.flags.split(), PRESETS) for run in STUDIES["ablation"]().values()]
+    counts = [count_parameters(build_model(config, *config.models, vocabulary=10).rnn) for config in configs]
+    assert max(counts) < 1.01 * counts[0] and min(counts) > 0.99 * counts[0]
+
+
+def test_compared_models_get_the_trial_that_was_best_on_validation(tmp_path, monkeypatch):
+    monkeypatch.setattr(studies, "RESULTS", tmp_path)
+    write_tuning(tmp_path)
+    configs = {label: parse(run.flags.split(), PRESETS) for label, run in STUDIES["tuned"]().items()}
+    assert {config.lr for label, config in configs.items() if label.startswith("qrnn")} == {0.003}
+    assert {config.lr for label, config in configs.items() if label.startswith("lstm")} == {0.002}
+    assert all(config.dropout_output == 0.3 and config.weight_decay == 0.02 for config in configs.values())
+
+
+def test_tuned_models_need_the_tuning(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(studies, "RESULTS", tmp_path)
+    assert main(["tuned", "--data", str(tmp_path)]) == 2
+    assert "run examples/tune.py first" in capsys.readouterr().err
+
+
+@pytest.fixture
+def away(tmp_path, monkeypatch):
+    """Where the runs and the results of studies go; only experiment.py is there."""
+    monkeypatch.setattr(studies, "RESULTS", tmp_path)
+    monkeypatch.setattr(studies, "ROOT", tmp_path)
+    (tmp_path / "experiment.py").symlink_to(ROOT / "experiment.py")
+    return tmp_path
+
+
+def test_a_study_writes_what_came_out_and_does_not_run_it_again(data, away, monkeypatch, capsys):
+    jobs = {"good": Job(f"{TINY} --models qrnn"), "bad": Job(f"{TINY} --models lstm --lr -1")}
+    monkeypatch.setitem(STUDIES, "tiny", lambda: jobs)
+    assert main(["tiny", "--data", str(data)]) == 1
+    content = json.loads((away / "tiny.json").read_text())
+    assert list(content["runs"]) == ["good", "bad"]
+    assert content["runs"]["good"]["models"][0]["model"] == "qrnn" and not content["runs"]["good"]["interrupted"]
+    assert content["runs"]["bad"]["error"].startswith("exit code 2: error: --lr -1")
+    assert "bad: exit code 2: error: --lr -1" in capsys.readouterr().out
+    monkeypatch.setattr(studies, "subprocess", SimpleNamespace(run=lambda *_, **__: pytest.fail("run again")))
+    jobs.pop("bad")
+    assert main(["tiny", "--data", str(data)]) == 0
+
+
+def test_a_study_without_data_is_one_line(capsys):
+    assert main(["ablation", "--data", "nowhere"]) == 2
+    assert capsys.readouterr().err == "error: --data nowhere: no folder; give the one with the corpus\n"
+
+
+def test_the_plain_closed_form_is_the_recurrence():
+    log_f, x = -torch.rand(2, 9, 3, dtype=torch.float64), torch.rand(2, 9, 3, dtype=torch.float64)
+    h0 = torch.randn(2, 3, dtype=torch.float64)
+    h = closed_form.recurrence(log_f, x, h0, "log", positive=True)
+    torch.testing.assert_close(h, pool(log_f, x.log(), h0, method="loop"))
+
+
+def test_the_plain_closed_form_trains(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(qrnn_layer, "_recurrence", qrnn_layer._recurrence)  # is put back
+    flags = [*TINY.split(), "--models", "qrnn", "--data", str(data)]
+    assert closed_form.main([*flags, "--name", "plain", "--zoneout", "0.5"]) == 0
+    assert qrnn_layer._recurrence is closed_form.recurrence
+    assert closed_form.main([*flags, "--name", "signed", "--activation", "tanh"]) == 2
+    assert "--activation tanh" in capsys.readouterr().err
+
+
+def test_tuning_gives_both_models_the_same_trials_and_leaves_test_alone(data, away):
+    assert tune.main([*TINY.split(), "--data", str(data), "--trials", "2"]) == 0
+    runs = json.loads((away / "tuning.json").read_text())["runs"]
+    assert list(runs) == ["qrnn, trial 0", "lstm, trial 0", "qrnn, trial 1", "lstm, trial 1"]
+    values = [tuple(run["config"][name] for name in tune.SPACE) for run in runs.values()]
+    assert values[0] == values[1] == (PRESETS["demo"].lr, 0.0, 0.01) and values[2] == values[3] != values[0]
+    assert runs["lstm, trial 1"]["config"]["dropout_output"] == values[3][1]
+    models = [model for run in runs.values() for model in run["models"]]
+    assert [model["model"] for model in models] == ["qrnn", "lstm"] * 2
+    assert all(model["test_perplexity"] is None for model in models)
+
+
+def test_trials_are_the_same_each_time_and_differ_by_seed():
+    config = PRESETS["small"]
+    first = tune.trials(config, 4)
+    assert tune.trials(config, 6)[:4] == first
+    assert tune.trials(replace(config, seed=1), 2)[1] != first[1]
+    assert len({trial["lr"] for trial in first}) == 4
+
+
+@pytest.mark.parametrize("flags", [["--trials", "0"], ["--lr", "5"], ["--no-such-flag"], ["--data", "nowhere"]])
+def test_wrong_flags_of_tuning_are_one_line(data, flags, capsys):
+    assert tune.main(["--data", str(data), *TINY.split(), *flags]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert flags[0] in line
