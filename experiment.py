@@ -170,7 +170,7 @@ class LanguageModelling(Task):
     """
 
     step = staticmethod(next_word_loss)
-    hint = "That is long: it is meant for a GPU. --preset small takes about 50 minutes on 2 CPU cores."
+    hint = "That is long: it is meant for a GPU. --preset small takes about 40 minutes on 2 CPU cores."
 
     def __init__(self, config: Config, processes: int = 1) -> None:
         if config.protocol == "stream" and config.batch_size < processes:

@@ -17,7 +17,7 @@ class Comparison:
     preset: Literal["girrbach", "bradbury", "small", "demo"] = "girrbach"
     """Where all other flags start from.
     demo: an artificial language whose best possible perplexity is known; a minute.
-    small: WikiText-2, small models; 50 minutes on 2 CPU cores.
+    small: WikiText-2, small models; 40 minutes on 2 CPU cores.
     girrbach: WikiText-2 as in the log-space QRNN repository; for a GPU.
     bradbury: the Penn Treebank as in the QRNN paper; for a GPU."""
     generate: str | None = None
@@ -75,7 +75,7 @@ class Config(RunConfig, Comparison):  # in --help the fields of the last base co
     """Train a QRNN and an LSTM on the same text in the same way, and compare them.
 
     A preset sets everything, each flag changes one thing. The comparison and all else goes to runs/NAME.
-    Without a GPU start with --preset demo (a minute), then --preset small (50 minutes on 2 CPU cores).
+    Without a GPU start with --preset demo (a minute), then --preset small (40 minutes on 2 CPU cores).
     """
 
     def check(self) -> None:

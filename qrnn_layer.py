@@ -747,9 +747,13 @@ def _check_like(name: str, array: Tensor, like: str, device: torch.device, dtype
     if not array.is_floating_point():
         raise ShapeError(f"{name}: dtype {array.dtype} given, a floating dtype expected")
     if dtype is not None and array.dtype != dtype:
-        raise ShapeError(f"{name}: dtype {array.dtype} given, {dtype} expected, to go with {like}")
+        raise ShapeError(
+            f"{name}: dtype {array.dtype} given, {dtype} expected, to go with {like}; convert one of them by .to(dtype)"
+        )
     if array.device != device:
-        raise ShapeError(f"{name}: device {array.device} given, {device} expected, where {like} is")
+        raise ShapeError(
+            f"{name}: device {array.device} given, {device} expected, where {like} is; move it by .to(device)"
+        )
 
 
 def _check_pool(

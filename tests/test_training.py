@@ -6,6 +6,9 @@ import errno
 import json
 import math
 import os
+import platform
+import subprocess
+import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -345,3 +348,23 @@ def test_compile_trains_and_keeps_the_names_of_the_weights(tmp_path, kind):
     assert set(load_checkpoint(tmp_path, "best")[0]) == set(names)
     losses = [line["train_loss"] for line in log(tmp_path) if "train_loss" in line]
     assert losses == sorted(losses, reverse=True)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only there is freed memory kept")
+def test_freed_memory_is_kept_and_given_back_before_a_peak_is_measured():
+    code = """
+import torch
+from machine import keep_freed_memory, peak_memory, reset_peak_memory
+cpu = torch.device("cpu")
+for kept in (False, True):
+    if kept:
+        keep_freed_memory()
+    torch.ones(2**24)  # 64 MiB
+    resident = int(open("/proc/self/statm").read().split()[1]) * 4096
+    reset_peak_memory(cpu)
+    print((resident - peak_memory(cpu)) >> 20)
+"""
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True)
+    before, kept = map(int, done.stdout.split())
+    assert before < 16 and kept > 48  # MiB that only the reset gave back
