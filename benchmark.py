@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -45,7 +45,7 @@ from peers import (
 )
 from presets import PRESETS, Config
 from qrnn_layer import QRNNLayer, pool
-from settings import InputError
+from settings import InputError, Parser
 from training import Trainer
 
 RESULTS = Path(__file__).parent / "results"
@@ -360,15 +360,8 @@ TABLES = {  # `experiment` comes last: it changes how the system hands out memor
 }
 
 
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}\n")
-
-
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(__doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
         "--budget", type=float, default=2.0, help="seconds of rounds for each comparison (2), 5 at least"

@@ -1,16 +1,28 @@
-"""How to train, whatever the task: the fields that every experiment has on its command line."""
+"""How to train, whatever the task: the fields that every experiment has on its command line, and errors of input."""
 
 from __future__ import annotations
 
+import argparse
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NoReturn
 
 import torch
 
 
 class InputError(ValueError):
     """The user asked for something impossible; the message is one line."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Of scripts with few flags: says what is wrong in one line, and takes no abbreviations."""
+
+    def __init__(self, description: str | None) -> None:
+        formatter = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=description, formatter_class=formatter, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}\n")
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ run again, what was stopped goes on.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
@@ -22,7 +21,7 @@ from tqdm import tqdm
 from checkpoint import write_file
 from comparison import RUNS, exit_code
 from machine import provenance
-from settings import InputError
+from settings import InputError, Parser
 
 ROOT = Path(__file__).parent
 RESULTS = ROOT / "results"
@@ -109,13 +108,25 @@ def best_flags(model: str) -> str:
 
 def ptb() -> Jobs:
     """The Penn Treebank as one stream."""
-    sizes = "--embedding 256 --hidden 256 --batch-size 20 --bptt 70 --epochs 15"
-    dropout = "--dropout 0.4 --dropout-embedding 0.4 --dropout-output 0.4"
-    flags = f"{STREAM} --corpus ptb {sizes} {dropout}"
+    return streams("ptb", dropout=0.4, epochs=15)
+
+
+def wikitext2() -> Jobs:
+    """WikiText-2 as one stream, with all its words."""
+    return streams("wikitext-2", dropout=0.3, epochs=4)
+
+
+def streams(corpus: str, dropout: float, epochs: int) -> Jobs:
+    """Both models on a corpus as published numbers have it."""
+    sizes = f"--embedding 256 --hidden 256 --batch-size 20 --bptt 70 --epochs {epochs}"
+    dropouts = " ".join(f"--{name} {dropout}" for name in ("dropout", "dropout-embedding", "dropout-output"))
+    flags = f"{STREAM} --corpus {corpus} {sizes} {dropouts}"
     return {model: Job(f"{flags} --models {model}") for model in ("qrnn", "lstm")}
 
 
-STUDIES: dict[str, Callable[[], Jobs]] = {study.__name__: study for study in (ablation, numerics, tuned, ptb)}
+STUDIES: dict[str, Callable[[], Jobs]] = {
+    study.__name__: study for study in (ablation, numerics, tuned, ptb, wikitext2)
+}
 
 
 # --- how they are carried out ----------------------------------------------------------------------------------------
@@ -174,7 +185,7 @@ def finished(path: Path) -> bool:
 
 def main(arguments: Sequence[str]) -> int:
     """The exit code, see `carry_out`; 2 if the input was wrong."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("study", choices=STUDIES)
     parser.add_argument("--data", type=Path, required=True, help="folder with the corpus")
     options = parser.parse_args(arguments)

@@ -8,7 +8,6 @@ given. The results are in results/tuning.json; the test split is not evaluated. 
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ import optuna
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, its own folder is all that Python sees
 from comparison import exit_code, parse
 from presets import PRESETS, Config
-from settings import check_range
+from settings import Parser, check_range
 from studies import Job, Jobs, carry_out
 
 SPACE = {
@@ -53,9 +52,7 @@ def search(flags: Sequence[str], data: Path, count: int) -> int:
 
 def main(arguments: Sequence[str]) -> int:
     """The exit code: 0, 1 if a run failed, 2 if the input was wrong, 130 if it was interrupted."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder with the corpus")
     parser.add_argument("--trials", type=int, default=8, help="of each model (8)")
     options, flags = parser.parse_known_args(arguments)

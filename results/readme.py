@@ -523,6 +523,7 @@ BLOCKS = {
     "ablation": partial(study, "ablation", "what is changed"),
     "numerics": partial(study, "numerics", "pieces of T words", test=True),
     "ptb": partial(study, "ptb", "model", test=True),
+    "wikitext2": partial(study, "wikitext2", "model", test=True),
     "tuned": tuned,
     "sentiment": sentiment,
     "translation": translation,

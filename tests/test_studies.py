@@ -104,6 +104,15 @@ def test_a_study_writes_what_came_out_and_does_not_run_it_again(data, away, monk
     assert main(["tiny", "--data", str(data)]) == 0
 
 
+@pytest.mark.parametrize("script", [main, tune.main])
+def test_a_forgotten_flag_is_one_line(script, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        script([])
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "--data" in line
+
+
 def test_a_study_without_data_is_one_line(capsys):
     assert main(["ablation", "--data", "nowhere"]) == 2
     assert capsys.readouterr().err == "error: --data nowhere: no folder; give the one with the corpus\n"
