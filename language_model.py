@@ -22,7 +22,8 @@ class LanguageModel(nn.Module):
         vocabulary: number of words.
         embedding: width of the word vectors.
         dropout_embedding, dropout_output: probability of dropout on the word vectors, and before the softmax.
-        tied: the softmax uses the word vectors, behind a projection from `hidden` to `embedding` if they differ.
+        tied: the softmax uses the word vectors, behind a projection from `hidden` to `embedding`, also where they are
+            equal: without it the outputs of an LSTM, between -1 and 1, hold it back more than a QRNN of mode "ifo".
     """
 
     def __init__(
@@ -40,7 +41,7 @@ class LanguageModel(nn.Module):
         self.rnn, self.hidden, self.tied = rnn, hidden, tied
         self.embedding = nn.Embedding(vocabulary, embedding)
         self.dropout_embedding, self.dropout_output = nn.Dropout(dropout_embedding), nn.Dropout(dropout_output)
-        self.projection = nn.Linear(hidden, embedding) if tied and hidden != embedding else nn.Identity()
+        self.projection = nn.Linear(hidden, embedding) if tied else nn.Identity()
         if not tied:
             self.softmax_weight = nn.Parameter(torch.empty(vocabulary, hidden))
         self.softmax_bias = nn.Parameter(torch.zeros(vocabulary))

@@ -68,8 +68,6 @@ def ablation() -> Jobs:
         "fo, softplus and zoneout 0.1": Job(f"{SHORT} --mode fo --hidden 251 --activation softplus --zoneout 0.1"),
         "method blocked": Job(f"{SHORT} --method blocked"),
         "method log": Job(f"{SHORT} --method log"),
-        "LSTM with a projection": Job(f"{SHORT_LSTM} --no-match --hidden 207"),
-        "with a projection": Job(f"{SHORT} --hidden 207"),
         "in float32": Job(SHORT.replace(" --amp bf16", "")),
         "LSTM in float32": Job(SHORT_LSTM.replace(" --amp bf16", "")),
     }

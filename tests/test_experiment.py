@@ -24,6 +24,7 @@ from checkpoint import load_checkpoint
 from comparison import count_parameters, parse
 from corpora import load_corpus
 from experiment import build_model, build_qrnn, main, prepare_data
+from language_model import LanguageModel
 from presets import PRESETS
 from settings import InputError
 from synthetic import sample_sentences
@@ -150,6 +151,12 @@ def test_widths_are_matched_within_one_per_cent(preset):
         lstm = build_model(config, "lstm", 100)
     assert count_parameters(lstm.rnn) == pytest.approx(target, rel=0.01)
     config.check()
+
+
+def test_a_tied_softmax_has_a_projection_at_every_width():
+    for width in (8, 12):
+        model = LanguageModel(torch.nn.LSTM(8, width), width, 20, 8, tied=True)
+        assert model.projection.weight.shape == (8, width)
 
 
 def test_no_match_keeps_the_width():
