@@ -392,7 +392,7 @@ def roofline(content: Row) -> str:
     rows = measured(content["roofline"])
     most = {value: max(row[value] for row in rows if row["what"] == what) for what, value in LIMITS.items()}
     lines = [
-        [row["what"], f"{row['ms']:.3g}"]
+        [row["what"], f"{row['ms']:,.1f}"]
         + [f"{row[value]:,.3g} ({row[value] / most[value]:.0%})" if row[value] else "" for value in LIMITS.values()]
         for row in rows
     ]
