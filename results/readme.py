@@ -148,10 +148,10 @@ def study_source(name: str, content: Row) -> str:
     runs = content["runs"].values()
     commits = ", ".join(sorted({run["commit"][:9] for run in runs}))
     (threads,) = {run["machine"]["threads"] for run in runs}
-    hours, cpu = sum(run["wall_seconds"] for run in runs) / 3600, content["machine"]["cpu"]
+    cpu = content["machine"]["cpu"]
     return (
         f"`results/{name}`: `{content['command']}`, commit {commits}, {cpu}, {threads} core a run, "
-        f"torch {content['versions']['torch']}, Python {content['versions']['python']}; {hours:.1f} hours of runs."
+        f"torch {content['versions']['torch']}, Python {content['versions']['python']}."
     )
 
 
