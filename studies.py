@@ -96,14 +96,13 @@ def tuned() -> Jobs:
 def best_flags(model: str) -> str:
     """The flags of the trial that was best on validation; raises InputError: there are no trials."""
     path = RESULTS / "tuning.json"
-    if not path.exists():
-        raise InputError("results/tuning.json is missing; run examples/tune.py first")
-    runs = [run for run in json.loads(path.read_text())["runs"].values() if "error" not in run]
-    (best, *_) = sorted(
-        (run["models"][0]["valid_perplexity"], run["config"]) for run in runs if run["config"]["models"] == [model]
-    )
+    runs = json.loads(path.read_text())["runs"].values() if path.exists() else ()
+    mine = [run for run in runs if "error" not in run and run["config"]["models"] == [model]]
+    if not mine:
+        raise InputError(f"results/tuning.json has no trial of {model}; run examples/tune.py first")
+    best = min(mine, key=lambda run: run["models"][0]["valid_perplexity"])["config"]
     names = ("lr", "dropout", "dropout_embedding", "dropout_output", "weight_decay")
-    return " ".join(f"--{name.replace('_', '-')} {best[1][name]}" for name in names)
+    return " ".join(f"--{name.replace('_', '-')} {best[name]}" for name in names)
 
 
 def ptb() -> Jobs:

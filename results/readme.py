@@ -80,48 +80,46 @@ def comparison() -> str:
     return f"{table(header, rows)}\n\n{source(name, content)}"
 
 
-def study(name: str, first: str, test: bool = False) -> str:
-    """The runs of a study, one model each."""
-    path = f"{name}.json"
-    if not (RESULTS / path).exists():
-        return f"Not run yet: `python studies.py {name} --data DIR` does it."
-    content = load(path)
+def recorded(name: str, command: str, made: Callable[[Row], str]) -> str:
+    """What `made` makes of the runs in a file, and where they come from."""
+    if not (RESULTS / name).exists():
+        return f"Not run yet: `{command} --data DIR` does it."
+    content = load(name)
+    finished = {label: run for label, run in content["runs"].items() if "error" not in run}
+    failed = [f"{label} failed: {run['error']}." for label, run in content["runs"].items() if "error" in run]
+    return "\n\n".join([made(finished), *failed, study_source(name, content | {"runs": finished})])
+
+
+def study(runs: Row, first: str, test: bool = False) -> str:
+    """A row for each run, of one model each."""
     rows = []
-    for label, run in content["runs"].items():
+    for label, run in runs.items():
         (model,) = run["models"]
         sizes = [f"{model['hidden']}", f"{model['recurrent_parameters']:,} / {model['parameters']:,}"]
         scores = [model["valid_perplexity"], *([model["test_perplexity"]] if test else [])]
         rows.append([label, *sizes, *(f"{score:.1f}" for score in scores)])
     header = [first, "units", "parameters, recurrent / all", "validation perplexity", *(["test perplexity"] * test)]
-    return f"{table(header, rows)}\n\n{study_source(path, content)}"
+    return table(header, rows)
 
 
-def tuning() -> str:
-    """The trials, which are the same for both models."""
-    path = "tuning.json"
-    if not (RESULTS / path).exists():
-        return "Not run yet: `python examples/tune.py --data DIR --preset small` does it."
-    content = load(path)
-    trials: dict[tuple[float, ...], dict[str, float]] = {}
-    for run in content["runs"].values():
+def tuning(runs: Row) -> str:
+    """A row for each trial, which is the same for both models."""
+    trials: dict[tuple[float, ...], dict[str, str]] = {}
+    for run in runs.values():
         values = tuple(run["config"][name] for name in ("lr", "dropout", "weight_decay"))
-        trials.setdefault(values, {})[run["models"][0]["model"]] = run["models"][0]["valid_perplexity"]
+        (model,) = run["models"]
+        trials.setdefault(values, {})[model["model"]] = f"{model['valid_perplexity']:.1f}"
     rows = [
-        [f"{lr:.2g}", f"{dropout:.2f}", f"{decay:.2g}", *(f"{scores[model]:.1f}" for model in MODELS)]
+        [f"{lr:.2g}", f"{dropout:.2f}", f"{decay:.2g}", *(scores.get(model, "") for model in MODELS)]
         for (lr, dropout, decay), scores in trials.items()
     ]
-    made = table(["learning rate", "dropout", "weight decay", *MODELS.values()], rows)
-    return f"{made}\n\n{study_source(path, content)}"
+    return table(["learning rate", "dropout", "weight decay", *MODELS.values()], rows)
 
 
-def tuned() -> str:
+def tuned(runs: Row) -> str:
     """Mean and standard deviation over the seeds."""
-    path = "tuned.json"
-    if not (RESULTS / path).exists():
-        return "Not run yet: `python studies.py tuned --data DIR` does it."
-    content = load(path)
     models: dict[str, list[Row]] = {}
-    for run in content["runs"].values():
+    for run in runs.values():
         models.setdefault(run["models"][0]["model"], []).append(run["models"][0])
 
     def score(mine: list[Row], split: str) -> str:
@@ -140,7 +138,7 @@ def tuned() -> str:
         for name, mine in models.items()
     ]
     header = ["model", "units", "parameters, recurrent / all", "seeds", "validation perplexity", "test perplexity"]
-    return f"{table(header, rows)}\n\n{study_source(path, content)}"
+    return table(header, rows)
 
 
 def study_source(name: str, content: Row) -> str:
@@ -517,14 +515,17 @@ DRAWINGS = {
     "scaling": (draw_scaling, "Time and memory a token against T, of the ways to pool and of a layer"),
 }
 
+STUDIES: dict[str, Callable[[Row], str]] = {
+    "ablation": partial(study, first="what is changed"),
+    "numerics": partial(study, first="pieces of T words", test=True),
+    "ptb": partial(study, first="model", test=True),
+    "wikitext2": partial(study, first="model", test=True),
+    "tuned": tuned,
+}
 BLOCKS = {
     "comparison": comparison,
-    "tuning": tuning,
-    "ablation": partial(study, "ablation", "what is changed"),
-    "numerics": partial(study, "numerics", "pieces of T words", test=True),
-    "ptb": partial(study, "ptb", "model", test=True),
-    "wikitext2": partial(study, "wikitext2", "model", test=True),
-    "tuned": tuned,
+    **{name: partial(recorded, f"{name}.json", f"python studies.py {name}", made) for name, made in STUDIES.items()},
+    "tuning": partial(recorded, "tuning.json", "python examples/tune.py --preset small", tuning),
     "sentiment": sentiment,
     "translation": translation,
     **{name: partial(block, name) for name in BENCHMARK},

@@ -14,11 +14,35 @@ README = (ROOT / "README.md").read_text()
 RESULTS = sorted((ROOT / "results").glob("*.json"))
 
 
-def test_every_table_is_made_from_the_results():
+def readme_module():
     specification = importlib.util.spec_from_file_location("readme", ROOT / "results" / "readme.py")
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
-    assert module.render(README) == README, "run `make results`"
+    return module
+
+
+def test_every_table_is_made_from_the_results():
+    assert readme_module().render(README) == README, "run `make results`"
+
+
+def test_studies_are_shown_with_what_failed(tmp_path, monkeypatch):
+    module = readme_module()
+    content = json.loads((ROOT / "results" / "ablation.json").read_text())
+    content["runs"] = dict(list(content["runs"].items())[:2]) | {"broken": {"error": "exit code 1: no luck"}}
+    (tmp_path / "x.json").write_text(json.dumps(content))
+    monkeypatch.setattr(module, "RESULTS", tmp_path)
+    shown = module.recorded("x.json", "python x.py", module.STUDIES["ablation"])
+    assert "| ifo, tanh, k = 2 | 208 |" in shown and "broken failed: exit code 1: no luck." in shown
+    assert module.recorded("y.json", "python y.py", module.tuned) == "Not run yet: `python y.py --data DIR` does it."
+    run = {"config": {"lr": 0.01, "dropout": 0.2, "weight_decay": 0.001}}
+    for name, perplexities in {"qrnn": (90.0, 92.0), "lstm": (95.0, 99.0)}.items():
+        sizes = {"hidden": 8, "recurrent_parameters": 1000, "parameters": 2000}
+        for seed, score in enumerate(perplexities):
+            model = sizes | {"model": name, "valid_perplexity": score, "test_perplexity": score - 1}
+            content["runs"][f"{name} {seed}"] = run | {"models": [model]}
+    runs = {label: run for label, run in content["runs"].items() if label[-1] in "01" and label[0] in "ql"}
+    assert "| QRNN | 8 | 1,000 / 2,000 | 2 | 91.0 ± 1.4 | 90.0 ± 1.4 |" in module.tuned(runs)
+    assert "| 0.01 | 0.20 | 0.001 | 92.0 | 99.0 |" in module.tuning(runs)
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.name)
@@ -27,7 +51,8 @@ def test_every_result_says_where_it_comes_from(path):
     provenance = content.get("provenance", content)
     for key in ("command", "commit", "machine", "versions", "seed"):
         assert provenance[key] is not None, key
-    assert provenance["dirty"] is False, "made by code that was not committed"
+    for origin in (provenance, *content.get("runs", {}).values()):
+        assert origin["dirty"] is False, "made by code that was not committed"
 
 
 def test_example_code_runs():
