@@ -364,7 +364,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
-        "--budget", type=float, default=2.0, help="seconds of rounds for each comparison (2), 5 at least"
+        "--budget", type=float, default=2.0, help="seconds of rounds for each comparison (2); 3 rounds at least"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the random inputs (0)")
     parser.add_argument(
