@@ -16,6 +16,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.ticker import LogLocator, NullFormatter
 
@@ -59,35 +60,19 @@ def source(name: str, content: Row) -> str:
     )
 
 
-def comparison() -> str:
-    """The language models of preset `small`."""
-    name = "small.json"
-    content = load(name)
-    rows = [
-        [
-            f"{MODELS[model['model']]}, {model['hidden']} units",
-            f"{model['recurrent_parameters']:,} / {model['parameters']:,}",
-            f"{model['best_epoch']}",
-            f"{model['valid_perplexity']:.2f}",
-            f"**{model['test_perplexity']:.2f}**",
-            f"{model['tokens_per_second']:,.0f}",
-            f"{model['wall_seconds'] / 60:.0f} min",
-            f"{model['peak_memory_bytes'] / 2**20:,.0f} MiB",
-        ]
-        for model in content["models"]
-    ]
-    header = ["model", "parameters, recurrent / all", "best epoch", "validation", "test", "tokens/s", "time", "memory"]
-    return f"{table(header, rows)}\n\n{source(name, content)}"
-
-
 def recorded(name: str, command: str, made: Callable[[Row], str]) -> str:
-    """What `made` makes of the runs in a file, and where they come from."""
-    if not (RESULTS / name).exists():
+    """What `made` makes of the runs in results/NAME.json, where they come from, and their figure."""
+    if not (RESULTS / f"{name}.json").exists():
         return f"Not run yet: `{command} --data DIR` does it."
-    content = load(name)
-    finished = {label: run for label, run in content["runs"].items() if "error" not in run}
+    content, finished = load(f"{name}.json"), finished_runs(name)
     failed = [f"{label} failed: {run['error']}." for label, run in content["runs"].items() if "error" in run]
-    return "\n\n".join([made(finished), *failed, study_source(name, content | {"runs": finished})])
+    figure = [f"![{FIGURES[name][1]}](assets/{name}.png)"] if name in FIGURES else []
+    origin = study_source(f"{name}.json", content | {"runs": finished})
+    return "\n\n".join([made(finished), *failed, origin, *figure])
+
+
+def finished_runs(name: str) -> Row:
+    return {label: run for label, run in load(f"{name}.json")["runs"].items() if "error" not in run}
 
 
 def study(runs: Row, first: str, test: bool = False) -> str:
@@ -100,6 +85,15 @@ def study(runs: Row, first: str, test: bool = False) -> str:
         rows.append([label, *sizes, *(f"{score:.1f}" for score in scores)])
     header = [first, "units", "parameters, recurrent / all", "validation perplexity", *(["test perplexity"] * test)]
     return table(header, rows)
+
+
+def longer(runs: Row) -> str:
+    """A row for each run, a column for each epoch."""
+    rows = []
+    for label, run in runs.items():
+        (model,) = run["models"]
+        rows.append([label, f"{model['hidden']}", *(f"{line['valid_perplexity']:.1f}" for line in model["epochs"])])
+    return table(["validation perplexity", "units", *(f"epoch {epoch + 1}" for epoch in range(len(rows[0]) - 2))], rows)
 
 
 def tuning(runs: Row) -> str:
@@ -124,7 +118,7 @@ def tuned(runs: Row) -> str:
 
     def score(mine: list[Row], split: str) -> str:
         values = [model[f"{split}_perplexity"] for model in mine]
-        return f"{mean(values):.1f} ± {stdev(values):.1f}"
+        return f"{mean(values):.2f}" + (f" ± {stdev(values):.2f}" if len(values) > 1 else "")
 
     rows = [
         [
@@ -133,7 +127,7 @@ def tuned(runs: Row) -> str:
             f"{mine[0]['recurrent_parameters']:,} / {mine[0]['parameters']:,}",
             f"{len(mine)}",
             score(mine, "valid"),
-            score(mine, "test"),
+            f"**{score(mine, 'test')}**",
         ]
         for name, mine in models.items()
     ]
@@ -194,18 +188,70 @@ def draw_comparison(name: str, path: Path) -> None:
     """Validation perplexity of the models of a run against epochs and against minutes of training."""
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.3), sharey=True, layout="constrained")
     for model in load(name)["models"]:
-        perplexity = [line["valid_perplexity"] for line in model["epochs"]]
-        for axis, x in (
-            (axes[0], [line["epoch"] for line in model["epochs"]]),
-            (axes[1], [line["seconds"] / 60 for line in model["epochs"]]),
-        ):
-            axis.plot(x, perplexity, label=MODELS[model["model"]], **STYLES[model["model"]])
-    axes[0].set(xlabel="epochs", ylabel="validation perplexity")
-    axes[0].xaxis.get_major_locator().set_params(integer=True)
+        style = {"label": MODELS[model["model"]], **STYLES[model["model"]]}
+        draw_epochs(axes[0], model, **style)
+        minutes = [line["seconds"] / 60 for line in model["epochs"]]
+        axes[1].plot(minutes, [line["valid_perplexity"] for line in model["epochs"]], **style)
+    axes[0].set(ylabel="validation perplexity")
     axes[1].set(xlabel="minutes of training, evaluation not counted")
-    for axis in axes:
-        axis.grid(alpha=0.25)
+    axes[1].grid(alpha=0.25)
     axes[1].legend(frameon=False)
+    figure.savefig(path, dpi=140)
+    plt.close(figure)
+
+
+def draw_epochs(axis: Axes, model: Row, **style: Any) -> None:
+    """Validation perplexity against epochs."""
+    lines = model["epochs"]
+    axis.plot([line["epoch"] for line in lines], [line["valid_perplexity"] for line in lines], **style)
+    axis.set(xlabel="epochs")
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.grid(alpha=0.25)
+
+
+def draw_models(runs: Row, path: Path) -> None:
+    """Validation perplexity of QRNNs and LSTMs against epochs, a line for each run."""
+    figure, axis = plt.subplots(figsize=(6, 3.5), layout="constrained")
+    seen = set()
+    for run in runs.values():
+        (model,) = run["models"]
+        name = model["model"]
+        draw_epochs(axis, model, label=None if name in seen else MODELS[name], **STYLES[name])
+        seen.add(name)
+    axis.set(ylabel="validation perplexity")
+    axis.legend(frameon=False)
+    figure.savefig(path, dpi=140)
+    plt.close(figure)
+
+
+def draw_numerics(runs: Row, path: Path) -> None:
+    """Validation perplexity against epochs: a panel for each length, a line for each way to pool."""
+    lengths = sorted({run["config"]["bptt"] for run in runs.values()})
+    figure, axes = plt.subplots(1, len(lengths), figsize=(9, 3.3), sharey=True, layout="constrained", squeeze=False)
+    for axis, length in zip(axes[0], lengths, strict=True):
+        mine = [(label, run) for label, run in runs.items() if run["config"]["bptt"] == length]
+        for index, (label, run) in enumerate(mine):
+            style = {"color": COLORS[index], "marker": MARKERS[index], "linestyle": ("-", "--")[index]}
+            draw_epochs(axis, run["models"][0], label=label.partition(", ")[2], **style)
+        axis.set(title=f"T = {length:,}")
+        axis.title.set_fontsize(10)
+    axes[0, 0].set(ylabel="validation perplexity")
+    axes[0, -1].legend(frameon=False)
+    figure.savefig(path, dpi=140)
+    plt.close(figure)
+
+
+def draw_ablation(runs: Row, path: Path) -> None:
+    """A point for each run, in the order of the table; the line is the first run."""
+    figure, axis = plt.subplots(figsize=(7, 0.24 * len(runs) + 0.9), layout="constrained")
+    for row, run in enumerate(runs.values()):
+        (model,) = run["models"]
+        axis.plot(model["valid_perplexity"], row, **STYLES[model["model"]])
+    axis.axvline(next(iter(runs.values()))["models"][0]["valid_perplexity"], color="0.6", linewidth=1, zorder=0)
+    axis.set(xlabel="validation perplexity after one epoch (circles: QRNN, squares: LSTM)", yticks=range(len(runs)))
+    axis.set_yticklabels(runs, fontsize=9)
+    axis.invert_yaxis()
+    axis.grid(alpha=0.25)
     figure.savefig(path, dpi=140)
     plt.close(figure)
 
@@ -516,16 +562,23 @@ DRAWINGS = {
 }
 
 STUDIES: dict[str, Callable[[Row], str]] = {
+    "tuned": tuned,
     "ablation": partial(study, first="what is changed"),
+    "longer": longer,
     "numerics": partial(study, first="pieces of T words", test=True),
     "ptb": partial(study, first="model", test=True),
     "wikitext2": partial(study, first="model", test=True),
-    "tuned": tuned,
+}
+FIGURES: dict[str, tuple[Callable[[Row, Path], None], str]] = {
+    "tuned": (draw_models, "Validation perplexity of QRNN and LSTM against epochs, a line for each seed"),
+    "ablation": (draw_ablation, "Validation perplexity of each row of the table, as a point"),
+    "numerics": (draw_numerics, "Validation perplexity against epochs of both ways to pool, for two lengths"),
+    "ptb": (draw_models, "Validation perplexity of QRNN and LSTM on the Penn Treebank against epochs"),
+    "wikitext2": (draw_models, "Validation perplexity of QRNN and LSTM on WikiText-2 against epochs"),
 }
 BLOCKS = {
-    "comparison": comparison,
-    **{name: partial(recorded, f"{name}.json", f"python studies.py {name}", made) for name, made in STUDIES.items()},
-    "tuning": partial(recorded, "tuning.json", "python examples/tune.py --preset small", tuning),
+    **{name: partial(recorded, name, f"python studies.py {name}", made) for name, made in STUDIES.items()},
+    "tuning": partial(recorded, "tuning", "python examples/tune.py --preset small", tuning),
     "sentiment": sentiment,
     "translation": translation,
     **{name: partial(block, name) for name in BENCHMARK},
@@ -548,8 +601,10 @@ def render(text: str) -> str:
 if __name__ == "__main__":
     README.write_text(render(README.read_text()))
     assets = README.parent / "assets"
-    for run in ("small", "translation"):
-        draw_comparison(f"{run}.json", assets / f"{run}.png")
+    draw_comparison("translation.json", assets / "translation.png")
+    for name, (draw, _) in FIGURES.items():
+        if (RESULTS / f"{name}.json").exists():
+            draw(finished_runs(name), assets / f"{name}.png")
     sys.path.insert(0, str(RESULTS.parent / "examples"))
     from translation import draw_attention
 
