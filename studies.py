@@ -60,6 +60,10 @@ def ablation() -> Jobs:
         "ifo, seed 1": Job(f"{ifo} --hidden 208 --seed 1"),
         "ifo, k = 1": Job(f"{ifo} --hidden 325 --kernel-size 1"),
         "softplus": Job(f"{f} --hidden 325 --activation softplus"),
+        "no dropout on outputs": Job(f"{f} --hidden 325 --dropout 0 --dropout-output 0"),
+        "softplus, no dropout on outputs": Job(
+            f"{f} --hidden 325 --activation softplus --dropout 0 --dropout-output 0"
+        ),
         "fo, softplus": Job(f"{fo} --hidden 251 --activation softplus"),
         "exp": Job(f"{f} --hidden 325 --activation exp"),
         "k = 1": Job(f"{f} --hidden 493 --kernel-size 1"),

@@ -20,10 +20,11 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.ticker import LogLocator, NullFormatter
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, its own folder is all that Python sees
+from report import NAMES, STYLES
+
 RESULTS = Path(__file__).parent
 README = RESULTS.parent / "README.md"
-MODELS = {"qrnn": "QRNN", "lstm": "LSTM"}
-STYLES = {"qrnn": {"color": "#0072B2", "marker": "o"}, "lstm": {"color": "#D55E00", "marker": "s", "linestyle": "--"}}
 PRECISION_METHODS = ("closed form, autograd", "log", "blocked", "scan", "loop")
 POOLING_SHAPE, LAYER_WIDTH, REFERENCE_LENGTH, LONG = (32, 128, 640), 640, 512, 16_384
 PAPER_WIDTH, PAPER_LENGTHS = 320, (32, 64, 128, 256, 512)
@@ -104,10 +105,10 @@ def tuning(runs: Row) -> str:
         (model,) = run["models"]
         trials.setdefault(values, {})[model["model"]] = f"{model['valid_perplexity']:.1f}"
     rows = [
-        [f"{lr:.2g}", f"{dropout:.2f}", f"{decay:.2g}", *(scores.get(model, "") for model in MODELS)]
+        [f"{lr:.2g}", f"{dropout:.2f}", f"{decay:.2g}", *(scores.get(model, "") for model in NAMES)]
         for (lr, dropout, decay), scores in trials.items()
     ]
-    return table(["learning rate", "dropout", "weight decay", *MODELS.values()], rows)
+    return table(["learning rate", "dropout", "weight decay", *NAMES.values()], rows)
 
 
 def tuned(runs: Row) -> str:
@@ -122,7 +123,7 @@ def tuned(runs: Row) -> str:
 
     rows = [
         [
-            MODELS[name],
+            NAMES[name],
             f"{mine[0]['hidden']}",
             f"{mine[0]['recurrent_parameters']:,} / {mine[0]['parameters']:,}",
             f"{len(mine)}",
@@ -152,7 +153,7 @@ def example(name: str, header: list[str], cells: Callable[[Row], list[str]]) -> 
     content = load(name)
     rows = [
         [
-            f"{MODELS[model['model']]}, {model['hidden']} units",
+            f"{NAMES[model['model']]}, {model['hidden']} units",
             f"{model['recurrent_parameters']:,}",
             f"{model['best_epoch']}",
             *cells(model),
@@ -188,7 +189,7 @@ def draw_comparison(name: str, path: Path) -> None:
     """Validation perplexity of the models of a run against epochs and against minutes of training."""
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.3), sharey=True, layout="constrained")
     for model in load(name)["models"]:
-        style = {"label": MODELS[model["model"]], **STYLES[model["model"]]}
+        style = {"label": NAMES[model["model"]], **STYLES[model["model"]]}
         draw_epochs(axes[0], model, **style)
         minutes = [line["seconds"] / 60 for line in model["epochs"]]
         axes[1].plot(minutes, [line["valid_perplexity"] for line in model["epochs"]], **style)
@@ -216,7 +217,7 @@ def draw_models(runs: Row, path: Path) -> None:
     for run in runs.values():
         (model,) = run["models"]
         name = model["model"]
-        draw_epochs(axis, model, label=None if name in seen else MODELS[name], **STYLES[name])
+        draw_epochs(axis, model, label=None if name in seen else NAMES[name], **STYLES[name])
         seen.add(name)
     axis.set(ylabel="validation perplexity")
     axis.legend(frameon=False)
