@@ -35,6 +35,7 @@ from corpora import (
     load_corpus,
     sentences,
 )
+from dense_lstm import DenseLSTM
 from language_model import LanguageModel, generate, next_word_loss
 from presets import PRESETS, Config
 from qrnn import QRNN
@@ -132,7 +133,9 @@ def build_qrnn(config: Config, hidden: int) -> QRNN:
     return rnn
 
 
-def build_lstm(config: Config, hidden: int) -> nn.LSTM:
+def build_lstm(config: Config, hidden: int) -> nn.LSTM | DenseLSTM:
+    if config.dense:
+        return DenseLSTM(config.embedding, hidden, config.layers, dropout_between(config))
     return nn.LSTM(config.embedding, hidden, config.layers, batch_first=True, dropout=dropout_between(config))
 
 

@@ -46,6 +46,8 @@ class Comparison:
     """Recurrent layers of either model."""
     match: bool = True
     """Give the LSTM as many recurrent parameters as the QRNN. --no-match: the same width."""
+    dense: bool = False
+    """Feed each layer with the word vectors and the outputs of all layers before it, in either model."""
     kernel_size: int = 5
     """QRNN: how many words each step sees, itself and those before it."""
     mode: Literal["f", "fo", "ifo"] = "fo"
@@ -56,8 +58,6 @@ class Comparison:
     """QRNN: probability that a channel keeps its state for a step, in training."""
     forget_bias: float = 0.0
     """QRNN: added to the bias of the forget gate at the start; a positive one remembers longer."""
-    dense: bool = False
-    """QRNN: feed each layer with the word vectors and the outputs of all layers before it."""
     method: Literal["auto", "loop", "log", "blocked", "scan"] = "auto"
     """QRNN: how the recurrence is computed. All give the same result; auto takes the fastest on the device."""
     dropout: float = 0.4

@@ -28,8 +28,7 @@ ROOT = Path(__file__).parent
 RESULTS = ROOT / "results"
 JOBS = 2  # runs at a time
 SMALL = "--preset small --amp bf16"
-SHORT = f"{SMALL} --epochs 1 --no-test --models qrnn"
-SHORT_LSTM = f"{SMALL} --epochs 1 --no-test --models lstm"
+SHORT = f"{SMALL} --epochs 1 --no-test --models"
 STREAM = "--protocol stream --vocabulary None"
 
 
@@ -48,12 +47,13 @@ Jobs = dict[str, Job]  # by what the README calls them
 
 def ablation() -> Jobs:
     """The widths give each QRNN as many recurrent parameters as the first has, within 1 %."""
-    f, fo, ifo = (f"{SHORT} --no-dense --mode {mode}" for mode in ("f", "fo", "ifo"))
+    f, fo, ifo = (f"{SHORT} qrnn --no-dense --mode {mode}" for mode in ("f", "fo", "ifo"))
+    lstm = f"{SHORT} lstm --no-dense --hidden 325"
     return {
         "f, tanh, k = 2": Job(f"{f} --hidden 325"),
         "the same, seed 1": Job(f"{f} --hidden 325 --seed 1"),
-        "LSTM": Job(SHORT_LSTM),
-        "LSTM, seed 1": Job(f"{SHORT_LSTM} --seed 1"),
+        "LSTM": Job(lstm),
+        "LSTM, seed 1": Job(f"{lstm} --seed 1"),
         "fo": Job(f"{fo} --hidden 251"),
         "fo, seed 1": Job(f"{fo} --hidden 251 --seed 1"),
         "ifo": Job(f"{ifo} --hidden 208"),
@@ -71,7 +71,8 @@ def ablation() -> Jobs:
         "k = 5": Job(f"{f} --hidden 179 --kernel-size 5"),
         "zoneout 0.1": Job(f"{f} --hidden 325 --zoneout 0.1"),
         "zoneout 0.3": Job(f"{f} --hidden 325 --zoneout 0.3"),
-        "dense": Job(f"{SHORT} --dense --mode f --hidden 257"),
+        "dense": Job(f"{SHORT} qrnn --dense --mode f --hidden 257"),
+        "LSTM, dense": Job(f"{SHORT} lstm --dense --hidden 257"),
         "forget bias 1": Job(f"{f} --hidden 325 --forget-bias 1"),
         "method blocked": Job(f"{f} --hidden 325 --method blocked"),
         "method log": Job(f"{f} --hidden 325 --method log"),
@@ -81,12 +82,13 @@ def ablation() -> Jobs:
 def longer() -> Jobs:
     """What one epoch leaves open: the best of the ablation for the four epochs of the preset."""
     models = {
-        "f": "--no-dense --mode f --hidden 325",
-        "ifo, dense": "--dense --mode ifo --hidden 152",
-        "f, dense": "--dense --mode f --hidden 257",
+        "QRNN, f": "qrnn --no-dense --mode f --hidden 325",
+        "LSTM": "lstm --no-dense --hidden 325",
+        "QRNN, ifo, dense": "qrnn --dense --mode ifo --hidden 152",
+        "QRNN, f, dense": "qrnn --dense --mode f --hidden 257",
+        "LSTM, dense": "lstm --dense --hidden 257",
     }
-    jobs = {label: Job(f"{SMALL} --no-test --models qrnn {model}") for label, model in models.items()}
-    return jobs | {"LSTM": Job(f"{SMALL} --no-test --models lstm")}
+    return {label: Job(f"{SMALL} --no-test --models {flags}") for label, flags in models.items()}
 
 
 def numerics() -> Jobs:

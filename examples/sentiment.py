@@ -21,6 +21,7 @@ from sentiment_presets import PRESETS, Config
 
 from comparison import Task, count_parameters, exit_code, matched_width, parse, run
 from corpora import build_vocabulary, encode
+from dense_lstm import DenseLSTM
 from qrnn import QRNN
 from report import NAMES, Layout
 from training import Carried
@@ -33,31 +34,6 @@ EXAMPLE_WORDS = 40  # and how much of each
 
 
 # --- the models ------------------------------------------------------------------------------------------------------
-
-
-class DenseLSTM(nn.Module):
-    """LSTM layers, each fed with the input and the outputs of all layers before it: the paper's baseline.
-
-    Args:
-        input_size: features F of the input.
-        hidden_size: units H of every layer.
-        num_layers: how many.
-        dropout: on the outputs of each layer but the last.
-    """
-
-    def __init__(self, input_size: int, hidden_size: int, num_layers: int, dropout: float) -> None:
-        super().__init__()
-        self.dropout = nn.Dropout(dropout)
-        self.layers = nn.ModuleList(
-            nn.LSTM(input_size + layer * hidden_size, hidden_size, batch_first=True) for layer in range(num_layers)
-        )
-
-    def forward(self, x: Tensor) -> tuple[Tensor, None]:
-        """(B, T, F) -> (B, T, H), the output of the last layer; no state, as nobody goes on from here."""
-        *lower, last = self.layers
-        for layer in lower:
-            x = torch.cat([x, self.dropout(layer(x)[0])], dim=2)
-        return last(x)[0], None
 
 
 class Classifier(nn.Module):

@@ -89,12 +89,14 @@ def study(runs: Row, first: str, test: bool = False) -> str:
 
 
 def longer(runs: Row) -> str:
-    """A row for each run, a column for each epoch."""
+    """A row for each run, a column for each epoch, and how well the training text is fitted in the last one."""
     rows = []
     for label, run in runs.items():
         (model,) = run["models"]
-        rows.append([label, f"{model['hidden']}", *(f"{line['valid_perplexity']:.1f}" for line in model["epochs"])])
-    return table(["validation perplexity", "units", *(f"epoch {epoch + 1}" for epoch in range(len(rows[0]) - 2))], rows)
+        scores = [f"{line['valid_perplexity']:.1f}" for line in model["epochs"]]
+        rows.append([label, f"{model['hidden']}", *scores, f"{model['epochs'][-1]['train_perplexity']:.1f}"])
+    epochs = (f"epoch {epoch + 1}" for epoch in range(len(rows[0]) - 3))
+    return table(["validation perplexity", "units", *epochs, "training, with dropout, last epoch"], rows)
 
 
 def tuning(runs: Row) -> str:

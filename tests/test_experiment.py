@@ -23,6 +23,7 @@ import experiment
 from checkpoint import load_checkpoint
 from comparison import count_parameters, parse
 from corpora import load_corpus
+from dense_lstm import DenseLSTM
 from experiment import build_model, build_qrnn, main, prepare_data
 from language_model import LanguageModel
 from presets import PRESETS
@@ -157,6 +158,26 @@ def test_a_tied_softmax_has_a_projection_at_every_width():
     for width in (8, 12):
         model = LanguageModel(torch.nn.LSTM(8, width), width, 20, 8, tied=True)
         assert model.projection.weight.shape == (8, width)
+
+
+def test_dense_lstm_is_lstm_layers_and_goes_on_where_it_stopped():
+    torch.manual_seed(0)
+    rnn, x = DenseLSTM(3, 5, num_layers=2), torch.randn(2, 7, 3)
+    first, _ = rnn.layers[0](x)
+    second, (h, c) = rnn.layers[1](torch.cat([x, first], dim=2))
+    output, states = rnn(x)
+    torch.testing.assert_close((output, *states[1]), (second, h, c), rtol=0, atol=0)
+    start, state = rnn(x[:, :4])
+    rest, last = rnn(x[:, 4:], state)
+    torch.testing.assert_close(torch.cat([start, rest], dim=1), output)
+    torch.testing.assert_close(last, states)
+
+
+def test_dense_connections_are_for_both_models():
+    config = parse(["--preset", "small", "--dense", "--dropout", "0.5"], PRESETS)
+    qrnn, lstm = (build_model(config, name, vocabulary=10) for name in ("qrnn", "lstm"))
+    assert qrnn.rnn.dense and isinstance(lstm.rnn, DenseLSTM) and lstm.rnn.dropout.p == 0.5
+    assert abs(count_parameters(lstm.rnn) / count_parameters(qrnn.rnn) - 1) < 0.01
 
 
 def test_no_match_keeps_the_width():
