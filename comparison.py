@@ -25,7 +25,7 @@ from torch import nn
 
 from checkpoint import CheckpointError, load_checkpoint, write_file
 from corpora import CorpusError
-from machine import keep_freed_memory
+from machine import keep_freed_memory, provenance
 from report import Layout, describe_time, write_report
 from settings import InputError, Settings
 from training import Batches, Step, StopSignal, Trainer, TrainingError, agree, evaluate, seconds_per_item
@@ -142,6 +142,7 @@ def run(config: RunConfig, prepare: Callable[[int], Task]) -> int:
         task = prepare(accelerator.num_processes)
     check_same(task, accelerator.num_processes, record)
     accelerator.wait_for_everyone()  # until all have looked at the folder
+    origin = provenance(seed=config.seed, device=accelerator.device.type)  # the code that runs, not that of tomorrow
     if accelerator.is_main_process and record is None:
         config.folder.mkdir(parents=True, exist_ok=True)
         for name, text in task.files.items():
@@ -158,9 +159,7 @@ def run(config: RunConfig, prepare: Callable[[int], Task]) -> int:
                 break
         interrupted = len(results) < len(config.models) or results[-1]["interrupted_at_epoch"] is not None
     if accelerator.is_main_process:
-        table = write_report(
-            config.folder, config, task.fingerprint, task.layout, results, interrupted, accelerator.device.type
-        )
+        table = write_report(config.folder, config, task.fingerprint, task.layout, results, interrupted, origin)
         go_on = " Go on with --resume." if interrupted else ""
         print(f"\n{table}\n\nThe report is {config.folder / 'report.md'}.{go_on}")
     return 130 if interrupted else 0

@@ -127,16 +127,27 @@ def build_qrnn(config: Config, hidden: int) -> QRNN:
         dense=config.dense,
         method=config.method,
     )
-    with torch.no_grad():
-        for layer in rnn.layers:
-            layer.bias[hidden : 2 * hidden] += config.forget_bias
+    for layer in rnn.layers:
+        raise_forget_bias(layer.bias, hidden, config.forget_bias)
     return rnn
 
 
 def build_lstm(config: Config, hidden: int) -> nn.LSTM | DenseLSTM:
+    dropout = dropout_between(config)
     if config.dense:
-        return DenseLSTM(config.embedding, hidden, config.layers, dropout_between(config))
-    return nn.LSTM(config.embedding, hidden, config.layers, batch_first=True, dropout=dropout_between(config))
+        lstm: nn.LSTM | DenseLSTM = DenseLSTM(config.embedding, hidden, config.layers, dropout)
+    else:
+        lstm = nn.LSTM(config.embedding, hidden, config.layers, batch_first=True, dropout=dropout)
+    for name, parameter in lstm.named_parameters():
+        if "bias_ih" in name:
+            raise_forget_bias(parameter, hidden, config.forget_bias)
+    return lstm
+
+
+@torch.no_grad()
+def raise_forget_bias(bias: torch.Tensor, hidden: int, by: float) -> None:
+    """Of a layer of either kind: the rows of its forget gate are the second `hidden` ones."""
+    bias[hidden : 2 * hidden] += by
 
 
 def build_model(config: Config, name: str, vocabulary: int) -> LanguageModel:

@@ -46,6 +46,8 @@ class Comparison:
     """Recurrent layers of either model."""
     match: bool = True
     """Give the LSTM as many recurrent parameters as the QRNN. --no-match: the same width."""
+    forget_bias: float = 0.0
+    """Added to the bias of the forget gates at the start, in either model; a positive one remembers longer."""
     dense: bool = False
     """Feed each layer with the word vectors and the outputs of all layers before it, in either model."""
     kernel_size: int = 5
@@ -56,8 +58,6 @@ class Comparison:
     """QRNN: of the candidate. tanh is the paper's; a positive one is pooled faster in log space."""
     zoneout: float = 0.1
     """QRNN: probability that a channel keeps its state for a step, in training."""
-    forget_bias: float = 0.0
-    """QRNN: added to the bias of the forget gate at the start; a positive one remembers longer."""
     method: Literal["auto", "loop", "log", "blocked", "scan"] = "auto"
     """QRNN: how the recurrence is computed. All give the same result; auto takes the fastest on the device."""
     dropout: float = 0.4
@@ -119,7 +119,7 @@ PRESETS = {
         preset="small",
         batch_size=64,
         embedding=208,
-        hidden=257,  # the LSTM gets 208
+        hidden=257,
         kernel_size=2,
         mode="f",
         activation="tanh",

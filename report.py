@@ -17,7 +17,6 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import StrMethodFormatter
 
 from checkpoint import write_file
-from machine import provenance
 from settings import Settings
 
 NAMES = {"qrnn": "QRNN", "lstm": "LSTM"}
@@ -59,7 +58,7 @@ def write_report(
     layout: Layout,
     results: list[Result],
     interrupted: bool,
-    device: str,
+    origin: dict[str, Any],
 ) -> str:
     """Write results.json, curves.png and report.md into the folder of the run.
 
@@ -68,14 +67,15 @@ def write_report(
         layout: of the task.
         results: what came out of each model.
         interrupted: whether the run was stopped before its end.
-        device: on which the models were trained.
+        origin: the `provenance` of the run, from its start.
 
     Returns:
         the table, in Markdown.
     """
     logs = {result["model"]: read_log(folder / result["model"] / "metrics.jsonl") for result in results}
     table = comparison_table(results, layout)
-    content = provenance(seed=config.seed, device=device) | {
+    on_gpu = origin["machine"]["device"] == "cuda"
+    content = origin | {
         "interrupted": interrupted,
         "wall_seconds": sum(result["wall_seconds"] for result in results),
         "config": {
@@ -85,7 +85,7 @@ def write_report(
         },
         "corpus": corpus,
         "best_possible": layout.best_possible,
-        "peak_memory": "allocated on the GPU" if device == "cuda" else "of the whole process, data included",
+        "peak_memory": "allocated on the GPU" if on_gpu else "of the whole process, data included",
         "models": [result | {"epochs": epoch_curve(logs[result["model"]], layout)} for result in results],
     }
     write_file(folder / "results.json", json.dumps(content, indent=1) + "\n")

@@ -13,21 +13,24 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
 from checkpoint import write_file
-from comparison import RUNS, exit_code
+from comparison import FREE_TO_CHANGE, RUNS, exit_code, parse
 from machine import provenance
+from presets import PRESETS
 from report import NAMES
 from settings import InputError, Parser
 
 ROOT = Path(__file__).parent
 RESULTS = ROOT / "results"
 JOBS = 2  # runs at a time
-SMALL = "--preset small --amp bf16"
+BF16 = " --amp bf16"
+SMALL = f"--preset small{BF16}"
 SHORT = f"{SMALL} --epochs 1 --no-test --models"
 STREAM = "--protocol stream --vocabulary None"
 
@@ -69,11 +72,14 @@ def ablation() -> Jobs:
         "k = 1": Job(f"{f} --hidden 493 --kernel-size 1"),
         "k = 3": Job(f"{f} --hidden 251 --kernel-size 3"),
         "k = 5": Job(f"{f} --hidden 179 --kernel-size 5"),
+        "in float32": Job(f"{f} --hidden 325".replace(BF16, "")),
+        "LSTM, in float32": Job(lstm.replace(BF16, "")),
         "zoneout 0.1": Job(f"{f} --hidden 325 --zoneout 0.1"),
         "zoneout 0.3": Job(f"{f} --hidden 325 --zoneout 0.3"),
         "dense": Job(f"{SHORT} qrnn --dense --mode f --hidden 257"),
         "LSTM, dense": Job(f"{SHORT} lstm --dense --hidden 257"),
         "forget bias 1": Job(f"{f} --hidden 325 --forget-bias 1"),
+        "LSTM, forget bias 1": Job(f"{lstm} --forget-bias 1"),
         "method blocked": Job(f"{f} --hidden 325 --method blocked"),
         "method log": Job(f"{f} --hidden 325 --method log"),
     }
@@ -135,7 +141,7 @@ def wikitext2() -> Jobs:
 
 def streams(corpus: str, dropout: float, epochs: int) -> Jobs:
     """Both models on a corpus as published numbers have it; the width gives the LSTM 256 units."""
-    sizes = f"--embedding 256 --hidden 317 --batch-size 20 --bptt 70 --epochs {epochs}"
+    sizes = f"--no-dense --mode f --embedding 256 --hidden 400 --batch-size 20 --bptt 70 --epochs {epochs}"
     dropouts = " ".join(f"--{name} {dropout}" for name in ("dropout", "dropout-embedding", "dropout-output"))
     flags = f"{SMALL} {STREAM} --corpus {corpus} {sizes} {dropouts}"
     return {NAMES[model]: Job(f"{flags} --models {model}") for model in ("qrnn", "lstm")}
@@ -179,8 +185,10 @@ def carry_out(study: str, jobs: Jobs, data: Path) -> int:
 
 def perform(study: str, job: Job, data: Path) -> dict[str, Any]:
     """What came out: the content of the run's results.json, or {"error": a line}."""
-    identity = hashlib.sha256(f"{job.script} {job.flags} {data.name}".encode()).hexdigest()[:8]
-    name = f"{study}-{identity}"  # a run with other flags is another run
+    try:
+        name = f"{study}-{identity(job, data)}"  # a run with other settings is another run
+    except InputError as error:
+        return {"error": str(error)}
     path = ROOT / RUNS / name / "results.json"
     if not finished(path):
         (ROOT / RUNS).mkdir(exist_ok=True)
@@ -194,6 +202,14 @@ def perform(study: str, job: Job, data: Path) -> dict[str, Any]:
                 (last,) = log.read().strip().splitlines()[-1:] or [""]
                 return {"error": f"exit code {code}: {last}"}
     return json.loads(path.read_text())
+
+
+def identity(job: Job, data: Path) -> str:
+    """Eight digits that stand for the settings, also where the flags leave them to a preset."""
+    config = asdict(parse(job.flags.split(), PRESETS))
+    settings = {name: value for name, value in config.items() if name not in (*FREE_TO_CHANGE, "preset")}
+    text = json.dumps([job.script, data.name, settings], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def finished(path: Path) -> bool:

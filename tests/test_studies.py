@@ -21,7 +21,7 @@ from comparison import count_parameters, parse
 from experiment import build_model
 from presets import PRESETS
 from qrnn_layer import pool
-from studies import STUDIES, Job, main
+from studies import STUDIES, Job, identity, main
 from synthetic import sample_sentences
 
 ROOT = Path(__file__).parents[1]
@@ -60,8 +60,15 @@ def test_flags_are_understood_and_no_run_is_done_twice(study, tmp_path, monkeypa
         assert len(parse(run.flags.split(), PRESETS).models) == 1
 
 
-def test_ablated_models_have_as_many_recurrent_parameters():
-    configs = [parse(run.flags.split(), PRESETS) for run in STUDIES["ablation"]().values()]
+@pytest.mark.parametrize("study", ["ptb", "wikitext2"])
+def test_the_lstm_beside_published_numbers_has_256_units(study):
+    config = parse(STUDIES[study]()["LSTM"].flags.split(), PRESETS)
+    assert build_model(config, "lstm", vocabulary=10).hidden == 256
+
+
+@pytest.mark.parametrize("study", ["ablation", "longer", "ptb", "wikitext2"])
+def test_compared_models_have_as_many_recurrent_parameters(study):
+    configs = [parse(run.flags.split(), PRESETS) for run in STUDIES[study]().values()]
     counts = [count_parameters(build_model(config, *config.models, vocabulary=10).rnn) for config in configs]
     assert max(counts) < 1.01 * counts[0] and min(counts) > 0.99 * counts[0]
 
@@ -97,11 +104,24 @@ def test_a_study_writes_what_came_out_and_does_not_run_it_again(data, away, monk
     content = json.loads((away / "tiny.json").read_text())
     assert list(content["runs"]) == ["good", "bad"]
     assert content["runs"]["good"]["models"][0]["model"] == "qrnn" and not content["runs"]["good"]["interrupted"]
-    assert content["runs"]["bad"]["error"].startswith("exit code 2: error: --lr -1")
-    assert "bad: exit code 2: error: --lr -1" in capsys.readouterr().out
+    assert content["runs"]["bad"]["error"].startswith("--lr -1")
+    assert "bad: --lr -1" in capsys.readouterr().out
     monkeypatch.setattr(studies, "subprocess", SimpleNamespace(run=lambda *_, **__: pytest.fail("run again")))
     jobs.pop("bad")
     assert main(["tiny", "--data", str(data)]) == 0
+
+
+def test_a_run_that_fails_is_reported(data, away, monkeypatch, capsys):
+    monkeypatch.setitem(STUDIES, "tiny", lambda: {"diverges": Job(f"{TINY} --models lstm --optimizer sgd --lr 1e30")})
+    assert main(["tiny", "--data", str(data)]) == 1
+    assert "diverges: exit code 1: error: stopped" in capsys.readouterr().out
+
+
+def test_a_run_is_told_by_its_settings_not_by_its_flags():
+    other, folder = Job(f"{TINY} --models qrnn --no-dense --hidden 8"), Path("text")
+    assert identity(other, folder) == identity(Job(f"{TINY} --models qrnn"), folder)
+    assert identity(Job(f"{TINY} --models qrnn --dense"), folder) != identity(other, folder)
+    assert identity(other, Path("ptb")) != identity(other, folder)
 
 
 @pytest.mark.parametrize("script", [main, tune.main])
@@ -121,8 +141,10 @@ def test_a_study_without_data_is_one_line(capsys):
 def test_the_plain_closed_form_is_the_recurrence():
     log_f, x = -torch.rand(2, 9, 3, dtype=torch.float64), torch.rand(2, 9, 3, dtype=torch.float64)
     h0 = torch.randn(2, 3, dtype=torch.float64)
-    h = closed_form.recurrence(log_f, x, h0, "log", positive=True)
-    torch.testing.assert_close(h, pool(log_f, x.log(), h0, method="loop"))
+    exact = pool(log_f, x.log(), h0, method="loop")
+    torch.testing.assert_close(closed_form.recurrence(log_f, x, h0, "log", positive=True), exact)
+    with torch.no_grad():  # evaluation
+        torch.testing.assert_close(closed_form.recurrence(log_f, x, h0, "log", positive=True), exact)
 
 
 def test_the_plain_closed_form_trains(data, tmp_path, monkeypatch, capsys):
