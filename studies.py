@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +33,7 @@ JOBS = 2  # runs at a time
 BF16 = " --amp bf16"
 SMALL = f"--preset small{BF16}"
 SHORT = f"{SMALL} --epochs 1 --no-test --models"
+SEEDED = tuple(product(range(3), ("qrnn", "lstm")))
 STREAM = "--protocol stream --vocabulary None"
 
 
@@ -50,8 +52,8 @@ Jobs = dict[str, Job]  # by what the README calls them
 
 def ablation() -> Jobs:
     """The widths give each QRNN as many recurrent parameters as the first has, within 1 %."""
-    f, fo, ifo = (f"{SHORT} qrnn --no-dense --mode {mode}" for mode in ("f", "fo", "ifo"))
-    lstm = f"{SHORT} lstm --no-dense --hidden 325"
+    f, fo, ifo = (f"{SHORT} qrnn --mode {mode}" for mode in ("f", "fo", "ifo"))
+    lstm = f"{SHORT} lstm"
     return {
         "f, tanh, k = 2": Job(f"{f} --hidden 325"),
         "the same, seed 1": Job(f"{f} --hidden 325 --seed 1"),
@@ -77,7 +79,7 @@ def ablation() -> Jobs:
         "zoneout 0.1": Job(f"{f} --hidden 325 --zoneout 0.1"),
         "zoneout 0.3": Job(f"{f} --hidden 325 --zoneout 0.3"),
         "dense": Job(f"{SHORT} qrnn --dense --mode f --hidden 257"),
-        "LSTM, dense": Job(f"{SHORT} lstm --dense --hidden 257"),
+        "LSTM, dense": Job(f"{SHORT} lstm --dense --mode f --hidden 257"),
         "forget bias 1": Job(f"{f} --hidden 325 --forget-bias 1"),
         "LSTM, forget bias 1": Job(f"{lstm} --forget-bias 1"),
         "method blocked": Job(f"{f} --hidden 325 --method blocked"),
@@ -88,18 +90,20 @@ def ablation() -> Jobs:
 def longer() -> Jobs:
     """What one epoch leaves open: the best of the ablation for the four epochs of the preset."""
     models = {
-        "QRNN, f": "qrnn --no-dense --mode f --hidden 325",
-        "LSTM": "lstm --no-dense --hidden 325",
-        "QRNN, ifo, dense": "qrnn --dense --mode ifo --hidden 152",
+        "QRNN, f": "qrnn --mode f --hidden 325",
+        "QRNN, fo": "qrnn --mode fo --hidden 251",
+        "LSTM": "lstm",
         "QRNN, f, dense": "qrnn --dense --mode f --hidden 257",
-        "LSTM, dense": "lstm --dense --hidden 257",
+        "QRNN, fo, dense": "qrnn --dense --mode fo --hidden 190",
+        "QRNN, ifo, dense": "qrnn --dense --mode ifo --hidden 152",
+        "LSTM, dense": "lstm --dense --mode f --hidden 257",
     }
     return {label: Job(f"{SMALL} --no-test --models {flags}") for label, flags in models.items()}
 
 
 def numerics() -> Jobs:
     """The derived backward pass and the closed form left to autograd, in float32, on long pieces of text."""
-    model = "--models qrnn --no-dense --mode fo --activation softplus --embedding 128 --hidden 128 --epochs 3"
+    model = "--models qrnn --mode fo --activation softplus --embedding 128 --hidden 128 --epochs 3"
     jobs = {}
     for length, rows in ((256, 16), (1024, 4)):
         flags = f"--preset small {STREAM} --corpus ptb {model} --bptt {length} --batch-size {rows}"
@@ -108,12 +112,16 @@ def numerics() -> Jobs:
     return jobs
 
 
+def seeds() -> Jobs:
+    """Both models of the preset, its settings the same for both."""
+    return {f"{NAMES[model]}, seed {seed}": Job(f"{SMALL} --models {model} --seed {seed}") for seed, model in SEEDED}
+
+
 def tuned() -> Jobs:
-    """Both models with the settings that were best for each in results/tuning.json."""
+    """The same with the settings that were best for each in results/tuning.json."""
     return {
-        f"{model}, seed {seed}": Job(f"{SMALL} --models {model} --seed {seed} {best_flags(model)}")
-        for seed in range(3)
-        for model in ("qrnn", "lstm")
+        f"{NAMES[model]}, seed {seed}": Job(f"{SMALL} --models {model} --seed {seed} {best_flags(model)}")
+        for seed, model in SEEDED
     }
 
 
@@ -141,14 +149,14 @@ def wikitext2() -> Jobs:
 
 def streams(corpus: str, dropout: float, epochs: int) -> Jobs:
     """Both models on a corpus as published numbers have it; the width gives the LSTM 256 units."""
-    sizes = f"--no-dense --mode f --embedding 256 --hidden 400 --batch-size 20 --bptt 70 --epochs {epochs}"
+    sizes = f"--embedding 256 --hidden 309 --batch-size 20 --bptt 70 --epochs {epochs}"
     dropouts = " ".join(f"--{name} {dropout}" for name in ("dropout", "dropout-embedding", "dropout-output"))
     flags = f"{SMALL} {STREAM} --corpus {corpus} {sizes} {dropouts}"
     return {NAMES[model]: Job(f"{flags} --models {model}") for model in ("qrnn", "lstm")}
 
 
 STUDIES: dict[str, Callable[[], Jobs]] = {
-    study.__name__: study for study in (ablation, longer, tuned, numerics, ptb, wikitext2)
+    study.__name__: study for study in (seeds, ablation, longer, tuned, numerics, ptb, wikitext2)
 }
 
 

@@ -123,7 +123,7 @@ def tuning(runs: Row) -> str:
     return table(["learning rate", "dropout", "weight decay", *NAMES.values()], rows)
 
 
-def tuned(runs: Row) -> str:
+def seeds(runs: Row) -> str:
     """Mean and standard deviation over the seeds."""
     models: dict[str, list[Row]] = {}
     for run in runs.values():
@@ -581,7 +581,8 @@ DRAWINGS = {
 }
 
 STUDIES: dict[str, Callable[[Row], str]] = {
-    "tuned": tuned,
+    "seeds": seeds,
+    "tuned": seeds,
     "ablation": partial(study, first="what is changed"),
     "longer": longer,
     "numerics": partial(study, first="pieces of T words", test=True),
@@ -589,7 +590,7 @@ STUDIES: dict[str, Callable[[Row], str]] = {
     "wikitext2": partial(study, first="model", test=True),
 }
 FIGURES: dict[str, tuple[Callable[[Row, Path], None], str]] = {
-    "tuned": (draw_models, "Validation perplexity of QRNN and LSTM against epochs, a line for each seed"),
+    "seeds": (draw_models, "Validation perplexity of QRNN and LSTM against epochs, a line for each seed"),
     "ablation": (draw_ablation, "Validation perplexity of each row of the table, as a point"),
     "numerics": (draw_numerics, "Validation perplexity against epochs of both ways to pool, for two lengths"),
     "ptb": (draw_models, "Validation perplexity of QRNN and LSTM on the Penn Treebank against epochs"),

@@ -35,7 +35,7 @@ def test_studies_are_shown_with_what_failed(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "RESULTS", tmp_path)
     shown = module.recorded("x", "python x.py", module.STUDIES["ablation"])
     assert "| f, tanh, k = 2 | 325 |" in shown and "broken failed: exit code 1: no luck." in shown
-    assert module.recorded("y", "python y.py", module.tuned) == "Not run yet: `python y.py --data DIR` does it."
+    assert module.recorded("y", "python y.py", module.seeds) == "Not run yet: `python y.py --data DIR` does it."
     run = {"config": {"lr": 0.01, "dropout": 0.2, "weight_decay": 0.001}}
     for name, perplexities in {"qrnn": (90.0, 92.0), "lstm": (95.0, 99.0)}.items():
         sizes = {"hidden": 8, "recurrent_parameters": 1000, "parameters": 2000}
@@ -43,7 +43,7 @@ def test_studies_are_shown_with_what_failed(tmp_path, monkeypatch):
             model = sizes | {"model": name, "valid_perplexity": score, "test_perplexity": score - 1}
             content["runs"][f"{name} {seed}"] = run | {"models": [model]}
     runs = {label: run for label, run in content["runs"].items() if label[-1] in "01" and label[0] in "ql"}
-    assert "| QRNN | 8 | 1,000 / 2,000 | 2 | 91.00 ± 1.41 | **90.00 ± 1.41** |" in module.tuned(runs)
+    assert "| QRNN | 8 | 1,000 / 2,000 | 2 | 91.00 ± 1.41 | **90.00 ± 1.41** |" in module.seeds(runs)
     assert "| 0.01 | 0.20 | 0.001 | **92.00** | **99.00** |" in module.tuning(runs)
 
 

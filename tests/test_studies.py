@@ -77,8 +77,8 @@ def test_compared_models_get_the_trial_that_was_best_on_validation(tmp_path, mon
     monkeypatch.setattr(studies, "RESULTS", tmp_path)
     write_tuning(tmp_path)
     configs = {label: parse(run.flags.split(), PRESETS) for label, run in STUDIES["tuned"]().items()}
-    assert {config.lr for label, config in configs.items() if label.startswith("qrnn")} == {0.003}
-    assert {config.lr for label, config in configs.items() if label.startswith("lstm")} == {0.002}
+    assert {config.lr for label, config in configs.items() if label.startswith("QRNN")} == {0.003}
+    assert {config.lr for label, config in configs.items() if label.startswith("LSTM")} == {0.002}
     assert all(config.dropout_output == 0.3 and config.weight_decay == 0.02 for config in configs.values())
 
 
