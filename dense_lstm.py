@@ -9,7 +9,7 @@ States = tuple[tuple[Tensor, Tensor], ...]  # (h, c) of each layer, (1, B, H) ea
 
 
 class DenseLSTM(nn.Module):
-    """LSTM layers, each fed with the input and the outputs of all layers before it (Bradbury et al. 2016, section 3.1).
+    """LSTM layers, each fed with the input and the outputs of all layers before it (Bradbury et al. 2016, section 2.1).
 
     Args:
         input_size: features F of the input.

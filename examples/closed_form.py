@@ -48,6 +48,7 @@ def main(arguments: Sequence[str]) -> int:
     flags = [*arguments, "--method", "log"]  # auto takes another way on a CPU
     wrong = comparison.exit_code(lambda: check(flags) or 0)
     qrnn_layer._recurrence = recurrence
+    experiment.Config.prefix = "closed-form-"  # its runs are others than those of experiment.py
     return wrong or experiment.main(flags)
 
 

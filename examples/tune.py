@@ -1,6 +1,6 @@
 """Tune both models alike: a seeded random search over learning rate, dropout and weight decay, by validation alone.
 
-    python examples/tune.py --data wikitext-2 --trials 6 --preset small --epochs 1
+    python examples/tune.py --data wikitext-2 --trials 6 --preset small --amp bf16
 
 Each model gets the same trials; the first has the values of the preset and the flags. All flags of experiment.py can be
 given. The results are in results/tuning.json; the test split is not evaluated. Called again, it goes on.

@@ -150,10 +150,12 @@ def test_the_plain_closed_form_is_the_recurrence():
 def test_the_plain_closed_form_trains(data, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(qrnn_layer, "_recurrence", qrnn_layer._recurrence)  # is put back
+    monkeypatch.setattr(closed_form.experiment.Config, "prefix", "")  # as well
     flags = [*TINY.split(), "--models", "qrnn", "--data", str(data)]
     assert closed_form.main([*flags, "--name", "plain", "--zoneout", "0.5"]) == 0
     assert qrnn_layer._recurrence is closed_form.recurrence
     assert closed_form.main([*flags, "--name", "signed", "--activation", "tanh"]) == 2
+    assert closed_form.main(flags) == 0 and (tmp_path / "runs" / "closed-form-demo-0").is_dir()
     assert "--activation tanh" in capsys.readouterr().err
 
 
