@@ -127,25 +127,40 @@ def seeds(runs: Row) -> str:
     """Mean and standard deviation over the seeds."""
     models: dict[str, list[Row]] = {}
     for run in runs.values():
-        models.setdefault(run["models"][0]["model"], []).append(run["models"][0])
+        (model,) = run["models"]
+        models.setdefault(NAMES[model["model"]] + ", dense" * run["config"]["dense"], []).append(model)
 
     def score(mine: list[Row], split: str) -> str:
         values = [model[f"{split}_perplexity"] for model in mine]
+        if None in values:
+            return "not read"
         return f"{mean(values):.2f}" + (f" ± {stdev(values):.2f}" if len(values) > 1 else "")
 
     rows = [
         [
-            NAMES[name],
+            label,
             f"{mine[0]['hidden']}",
             f"{mine[0]['recurrent_parameters']:,} / {mine[0]['parameters']:,}",
             f"{len(mine)}",
             score(mine, "valid"),
-            f"**{score(mine, 'test')}**",
+            score(mine, "test"),
         ]
-        for name, mine in models.items()
+        for label, mine in models.items()
     ]
     header = ["model", "units", "parameters, recurrent / all", "seeds", "validation perplexity", "test perplexity"]
     return table(header, rows)
+
+
+def seeds_and_dense(runs: Row) -> str:
+    """As `seeds`, and below the best run of each model with dense connections, from results/longer.json."""
+    best: Row = {}
+    for run in finished_runs("longer").values():
+        (model,) = run["models"]
+        if run["config"]["dense"]:
+            score, before = model["valid_perplexity"], best.get(model["model"])
+            if before is None or score < before["models"][0]["valid_perplexity"]:
+                best[model["model"]] = run
+    return seeds(runs | best)
 
 
 def study_source(name: str, command: str, runs: Row) -> str:
@@ -581,7 +596,7 @@ DRAWINGS = {
 }
 
 STUDIES: dict[str, Callable[[Row], str]] = {
-    "seeds": seeds,
+    "seeds": seeds_and_dense,
     "tuned": seeds,
     "ablation": partial(study, first="what is changed"),
     "longer": longer,

@@ -36,14 +36,20 @@ def test_studies_are_shown_with_what_failed(tmp_path, monkeypatch):
     shown = module.recorded("x", "python x.py", module.STUDIES["ablation"])
     assert "| f, tanh, k = 2 | 325 |" in shown and "broken failed: exit code 1: no luck." in shown
     assert module.recorded("y", "python y.py", module.seeds) == "Not run yet: `python y.py --data DIR` does it."
-    run = {"config": {"lr": 0.01, "dropout": 0.2, "weight_decay": 0.001}}
+    run = {"config": {"lr": 0.01, "dropout": 0.2, "weight_decay": 0.001, "dense": False}}
     for name, perplexities in {"qrnn": (90.0, 92.0), "lstm": (95.0, 99.0)}.items():
         sizes = {"hidden": 8, "recurrent_parameters": 1000, "parameters": 2000}
         for seed, score in enumerate(perplexities):
             model = sizes | {"model": name, "valid_perplexity": score, "test_perplexity": score - 1}
             content["runs"][f"{name} {seed}"] = run | {"models": [model]}
     runs = {label: run for label, run in content["runs"].items() if label[-1] in "01" and label[0] in "ql"}
-    assert "| QRNN | 8 | 1,000 / 2,000 | 2 | 91.00 ± 1.41 | **90.00 ± 1.41** |" in module.seeds(runs)
+    assert "| QRNN | 8 | 1,000 / 2,000 | 2 | 91.00 ± 1.41 | 90.00 ± 1.41 |" in module.seeds(runs)
+    run = {"config": {"dense": True}, "models": [sizes | {"model": "qrnn", "test_perplexity": None}]}
+    dense = {str(score): json.loads(json.dumps(run)) for score in (88, 86, 87)}
+    for score, other in dense.items():
+        other["models"][0]["valid_perplexity"] = float(score)
+    (tmp_path / "longer.json").write_text(json.dumps({"runs": dense}))
+    assert "| QRNN, dense | 8 | 1,000 / 2,000 | 1 | 86.00 | not read |" in module.seeds_and_dense(runs)
     assert "| 0.01 | 0.20 | 0.001 | **92.00** | **99.00** |" in module.tuning(runs)
 
 
