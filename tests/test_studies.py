@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -176,7 +177,11 @@ def test_trials_are_the_same_each_time_and_differ_by_seed():
     first = tune.trials(config, 4)
     assert tune.trials(config, 6)[:4] == first
     assert tune.trials(replace(config, seed=1), 2)[1] != first[1]
-    assert len({trial["lr"] for trial in first}) == 4
+    drawn = tune.trials(config, 5)[1:]
+    for name, space in tune.SPACE.items():  # one in each quarter of each range
+        place = math.log if space.log else float
+        low, high = place(space.low), place(space.high)
+        assert sorted(int(4 * (place(trial[name]) - low) / (high - low)) for trial in drawn) == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("flags", [["--trials", "0"], ["--lr", "5"], ["--no-such-flag"], ["--data", "nowhere"]])
