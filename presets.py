@@ -49,7 +49,8 @@ class Comparison:
     forget_bias: float = 0.0
     """Added to the bias of the forget gates at the start, in either model; a positive one remembers longer."""
     dense: bool = False
-    """Feed each layer with the word vectors and the outputs of all layers before it, in either model."""
+    """Feed each layer with the word vectors and the outputs of all layers before it, in either model.
+    The width stays, so there are more parameters."""
     kernel_size: int = 5
     """QRNN: how many words each step sees, itself and those before it."""
     mode: Literal["f", "fo", "ifo"] = "fo"

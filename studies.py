@@ -1,7 +1,17 @@
 """The runs behind the README's results: `python studies.py ablation --data wikitext-2` makes results/ablation.json.
 
-A study is a list of runs of experiment.py. They go two at a time, each on half of the cores. What is finished is not
-run again, what was stopped goes on.
+A study is a list of runs of experiment.py. They go two at a time, each on half of the cores. What is finished in runs/
+is not run again, what was stopped goes on; `make results` brings the file into the README.
+
+seeds      QRNN and LSTM with the settings of the preset small, three seeds
+ablation   the QRNN with one thing changed, one epoch
+longer     the most promising for four epochs, with and without dense connections
+tuned      three seeds with the settings that examples/tune.py found
+numerics   the plain closed form left to autograd beside `scan`
+ptb        both models on the Penn Treebank as one stream, 15 epochs
+wikitext2  both models on WikiText-2 as one stream with all its words
+
+--data is a folder with the files of WikiText-2, for numerics and ptb of the Penn Treebank (ptb.train.txt, ...).
 """
 
 from __future__ import annotations
@@ -164,7 +174,9 @@ STUDIES: dict[str, Callable[[], Jobs]] = {
 
 
 def carry_out(study: str, jobs: Jobs, data: Path) -> int:
-    """Run what is not finished yet and write results/STUDY.json after each run.
+    """Run what is not finished yet and write results/STUDY.json after each run that succeeded.
+
+    What is on record of a job stays until a run of it succeeds.
 
     Returns:
         the exit code: 0, 1 if a run failed, 130 if it was interrupted.
@@ -174,20 +186,26 @@ def carry_out(study: str, jobs: Jobs, data: Path) -> int:
     """
     if not data.is_dir():
         raise InputError(f"--data {data}: no folder; give the one with the corpus")
-    origin, done = provenance(seed=0, device="cpu"), {}
+    origin, path, failed = provenance(seed=0, device="cpu"), RESULTS / f"{study}.json", {}
+    done = json.loads(path.read_text())["runs"] if path.exists() else {}
     with ThreadPoolExecutor(JOBS) as pool:
         futures = {pool.submit(perform, study, job, data.resolve()): label for label, job in jobs.items()}
         try:
             for future in tqdm(as_completed(futures), total=len(jobs), desc=study, unit="run"):
-                done[futures[future]] = future.result()
-                content = origin | {"runs": {label: done[label] for label in jobs if label in done}}
-                write_file(RESULTS / f"{study}.json", json.dumps(content, indent=1) + "\n")
+                label, content = futures[future], future.result()
+                if "error" in content:
+                    failed[label] = content["error"]
+                if "error" not in content or "error" in done.get(label, content):
+                    done[label] = content
+                runs = {label: done[label] for label in jobs if label in done}
+                write_file(path, json.dumps(origin | {"runs": runs}, indent=1) + "\n")
         except KeyboardInterrupt:  # which the runs got too
             pool.shutdown(cancel_futures=True)
             print("stopped; the same command goes on", file=sys.stderr)
             return 130
-    failed = [f"{label}: {content['error']}" for label, content in done.items() if "error" in content]
-    print("\n".join([*failed, f"wrote results/{study}.json; `make results` brings it into the README"]))
+    for label, error in failed.items():
+        print(f"{label}: {error}")
+    print(f"wrote results/{study}.json; `make results` brings it into the README")
     return 1 if failed else 0
 
 

@@ -1,6 +1,7 @@
 """experiment.py with pooling as one would write it first: the closed form over the whole sequence, left to autograd.
 
-It shows what lost digits cost in training (results/numerics.json); the flags are those of experiment.py.
+It shows what lost digits cost in training (results/numerics.json). The flags are those of experiment.py, whose --help it
+prints, but for --method; the activation has to be one without negative values: `--activation softplus`.
 """
 
 from __future__ import annotations

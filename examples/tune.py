@@ -1,9 +1,11 @@
-"""Tune both models alike: a seeded random search over learning rate, dropout and weight decay, by validation alone.
+"""Tune both models alike: quasi-random trials of learning rate, dropout and weight decay, judged by validation alone.
 
     python examples/tune.py --data wikitext-2 --trials 6 --preset small --amp bf16
 
-Each model gets the same trials; the first has the values of the preset and the flags. All flags of experiment.py can be
-given. The results are in results/tuning.json; the test split is not evaluated. Called again, it goes on.
+Each model gets the same trials; the first has the values of the preset and the flags. Learning rate (1e-3 to 1.6e-2)
+and weight decay (1e-4 to 0.1) are drawn in logarithms, dropout (0 to 0.5) is the same in all three places. All flags of
+experiment.py can be given; without --preset it starts from girrbach, which is for a GPU. The results are in
+results/tuning.json; the test split is not evaluated. Called again, it goes on.
 """
 
 from __future__ import annotations

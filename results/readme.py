@@ -21,6 +21,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.ticker import LogLocator, NullFormatter
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, its own folder is all that Python sees
+import studies
 from report import NAMES, STYLES
 
 RESULTS = Path(__file__).parent
@@ -69,6 +70,9 @@ def recorded(name: str, command: str, made: Callable[[Row], str]) -> str:
     failed = [f"{label} failed: {run['error']}." for label, run in content["runs"].items() if "error" in run]
     if not finished:
         return "\n\n".join(failed)
+    if name in studies.STUDIES:
+        missing = [label for label in studies.STUDIES[name]() if label not in content["runs"]]
+        failed += [f"Not run yet: {'; '.join(missing)}."] if missing else []
     figure = [f"![{FIGURES[name][1]}](assets/{name}.png)"] if name in FIGURES else []
     return "\n\n".join([made(finished), *failed, study_source(name, content["command"], finished), *figure])
 
@@ -98,8 +102,8 @@ def longer(runs: Row) -> str:
         (model,) = run["models"]
         scores = [f"{line['valid_perplexity']:.1f}" for line in model["epochs"]]
         rows.append([label, f"{model['hidden']}", *scores, f"{model['epochs'][-1]['train_perplexity']:.1f}"])
-    epochs = (f"epoch {epoch + 1}" for epoch in range(len(rows[0]) - 3))
-    return table(["model, validation perplexity after", "units", *epochs, "training, with dropout, last epoch"], rows)
+    epochs = (f"validation, epoch {epoch + 1}" for epoch in range(len(rows[0]) - 3))
+    return table(["model", "units", *epochs, "training, mean over the last epoch, with dropout"], rows)
 
 
 def tuning(runs: Row) -> str:
@@ -204,7 +208,7 @@ def translation() -> str:
     """BLEU and chrF with their signatures; a model that was stopped was not tested."""
 
     def cells(model: Row) -> list[str]:
-        scores = [f"**{model[score]:.1f}**" if score in model else "not read" for score in ("bleu", "chrf")]
+        scores = [f"{model[score]:.1f}" if score in model else "not read" for score in ("bleu", "chrf")]
         return [f"{model['valid_perplexity']:.2f}", *scores]  # no speed: since then the LSTM is fed in a faster way
 
     made = example("translation.json", ["validation perplexity", "BLEU", "chrF"], cells)
@@ -275,9 +279,13 @@ def draw_numerics(runs: Row, path: Path) -> None:
 def draw_ablation(runs: Row, path: Path) -> None:
     """A point for each run, in the order of the table; the line is the first run."""
     figure, axis = plt.subplots(figsize=(7, 0.24 * len(runs) + 0.9), layout="constrained")
+    seen = set()
     for row, run in enumerate(runs.values()):
         (model,) = run["models"]
-        axis.plot(model["valid_perplexity"], row, **STYLES[model["model"]])
+        name = model["model"]
+        label = None if name in seen else NAMES[name]
+        axis.plot(model["valid_perplexity"], row, **STYLES[name] | {"linestyle": ""}, label=label)
+        seen.add(name)
     axis.axvline(next(iter(runs.values()))["models"][0]["valid_perplexity"], color="0.6", linewidth=1, zorder=0)
     axis.set(
         xlabel="validation perplexity after one epoch (circles: QRNN, squares: LSTM, line: the first row)",
@@ -286,6 +294,7 @@ def draw_ablation(runs: Row, path: Path) -> None:
     axis.set_yticklabels(runs, fontsize=9)
     axis.invert_yaxis()
     axis.grid(alpha=0.25)
+    axis.legend(frameon=False)
     figure.savefig(path, dpi=140)
     plt.close(figure)
 

@@ -112,6 +112,17 @@ def test_a_study_writes_what_came_out_and_does_not_run_it_again(data, away, monk
     assert main(["tiny", "--data", str(data)]) == 0
 
 
+def test_what_is_on_record_stays_until_its_run_succeeds(data, away, monkeypatch):
+    record = {"runs": {"first": {"kept": 1}, "second": {"kept": 2}, "gone": {"kept": 3}}}
+    (away / "tiny.json").write_text(json.dumps(record))
+    jobs = {"second": Job(f"{TINY} --models lstm --lr -1"), "first": Job(f"{TINY} --models qrnn")}
+    monkeypatch.setitem(STUDIES, "tiny", lambda: jobs)
+    assert main(["tiny", "--data", str(data)]) == 1
+    runs = json.loads((away / "tiny.json").read_text())["runs"]
+    assert list(runs) == ["second", "first"]
+    assert runs["second"] == {"kept": 2} and runs["first"]["models"][0]["model"] == "qrnn"
+
+
 def test_a_run_that_fails_is_reported(data, away, monkeypatch, capsys):
     monkeypatch.setitem(STUDIES, "tiny", lambda: {"diverges": Job(f"{TINY} --models lstm --optimizer sgd --lr 1e30")})
     assert main(["tiny", "--data", str(data)]) == 1
