@@ -1,7 +1,7 @@
 """experiment.py with pooling as one would write it first: the closed form over the whole sequence, left to autograd.
 
-It shows what lost digits cost in training (results/numerics.json). The flags are those of experiment.py, whose --help it
-prints, but for --method; the activation has to be one without negative values: `--activation softplus`.
+It shows what lost digits cost in training (results/numerics.json). The flags are those of experiment.py, whose --help
+it prints; --method counts for nothing, and the activation must not be negative: `--activation softplus`.
 """
 
 from __future__ import annotations

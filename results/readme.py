@@ -288,7 +288,7 @@ def draw_ablation(runs: Row, path: Path) -> None:
         seen.add(name)
     axis.axvline(next(iter(runs.values()))["models"][0]["valid_perplexity"], color="0.6", linewidth=1, zorder=0)
     axis.set(
-        xlabel="validation perplexity after one epoch (circles: QRNN, squares: LSTM, line: the first row)",
+        xlabel="validation perplexity after one epoch; the line is at the first row",
         yticks=range(len(runs)),
     )
     axis.set_yticklabels(runs, fontsize=9)
