@@ -164,7 +164,7 @@ def seeds_and_dense(runs: Row) -> str:
             score, before = model["valid_perplexity"], best.get(model["model"])
             if before is None or score < before["models"][0]["valid_perplexity"]:
                 best[model["model"]] = run
-    return seeds(runs | best)
+    return seeds(runs | {name: best[name] for name in NAMES if name in best})
 
 
 def study_source(name: str, command: str, runs: Row) -> str:
@@ -251,7 +251,7 @@ def draw_models(runs: Row, path: Path) -> None:
         draw_epochs(axis, model, label=None if name in seen else NAMES[name], **STYLES[name])
         seen.add(name)
     axis.set(ylabel="validation perplexity", yscale="log")
-    axis.yaxis.set_major_locator(LogLocator(subs=(1, 1.2, 1.5, 2, 3, 5, 7)))
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 1.2, 1.5, 2, 3, 4, 5, 6, 7, 8, 9)))
     axis.yaxis.set_major_formatter("{x:,g}")
     axis.yaxis.set_minor_formatter(NullFormatter())
     axis.legend(frameon=False)
