@@ -220,6 +220,12 @@ def test_the_default_is_the_log_space_repository_setting():
     assert {name: getattr(config, name) for name in wanted} == wanted
 
 
+def test_dense_models_read_a_stream_and_continue_a_prompt(capsys):
+    assert main([*STREAM, "--dense", "--amp", "bf16", "--epochs", "1", "--name", "x"]) == 0
+    assert all(math.isfinite(model["test_perplexity"]) for model in results("x")["models"])
+    assert main(["--generate", "the", "--name", "x"]) == 0
+
+
 # --- stopping and going on -------------------------------------------------------------------------------------------
 
 
