@@ -31,7 +31,7 @@ from settings import Settings
 
 LOG_LINES = 500  # lines of metrics.jsonl a run, about
 OPTIMIZERS = {
-    "adamw": torch.optim.AdamW,
+    "adamw": partial(torch.optim.AdamW, fused=True),  # one pass over the weights, not one an operation
     "adam": torch.optim.Adam,
     "rmsprop": partial(torch.optim.RMSprop, alpha=0.9),
     "sgd": torch.optim.SGD,
