@@ -66,7 +66,7 @@ def ablation() -> Jobs:
     lstm = f"{SHORT} lstm"
     return {
         "f, tanh, k = 2": Job(f"{f} --hidden 325"),
-        "the same, seed 1": Job(f"{f} --hidden 325 --seed 1"),
+        "f, tanh, k = 2, seed 1": Job(f"{f} --hidden 325 --seed 1"),
         "LSTM": Job(lstm),
         "LSTM, seed 1": Job(f"{lstm} --seed 1"),
         "fo": Job(f"{fo} --hidden 251"),
@@ -74,26 +74,26 @@ def ablation() -> Jobs:
         "ifo": Job(f"{ifo} --hidden 208"),
         "ifo, seed 1": Job(f"{ifo} --hidden 208 --seed 1"),
         "ifo, k = 1": Job(f"{ifo} --hidden 325 --kernel-size 1"),
-        "softplus": Job(f"{f} --hidden 325 --activation softplus"),
-        "no dropout on outputs": Job(f"{f} --hidden 325 --dropout 0 --dropout-output 0"),
-        "softplus, no dropout on outputs": Job(
+        "f, softplus": Job(f"{f} --hidden 325 --activation softplus"),
+        "f, no dropout on outputs": Job(f"{f} --hidden 325 --dropout 0 --dropout-output 0"),
+        "f, softplus, no dropout on outputs": Job(
             f"{f} --hidden 325 --activation softplus --dropout 0 --dropout-output 0"
         ),
         "fo, softplus": Job(f"{fo} --hidden 251 --activation softplus"),
-        "exp": Job(f"{f} --hidden 325 --activation exp"),
-        "k = 1": Job(f"{f} --hidden 493 --kernel-size 1"),
-        "k = 3": Job(f"{f} --hidden 251 --kernel-size 3"),
-        "k = 5": Job(f"{f} --hidden 179 --kernel-size 5"),
-        "in float32": Job(f"{f} --hidden 325".replace(BF16, "")),
+        "f, exp": Job(f"{f} --hidden 325 --activation exp"),
+        "f, k = 1": Job(f"{f} --hidden 493 --kernel-size 1"),
+        "f, k = 3": Job(f"{f} --hidden 251 --kernel-size 3"),
+        "f, k = 5": Job(f"{f} --hidden 179 --kernel-size 5"),
+        "f, in float32": Job(f"{f} --hidden 325".replace(BF16, "")),
         "LSTM, in float32": Job(lstm.replace(BF16, "")),
-        "zoneout 0.1": Job(f"{f} --hidden 325 --zoneout 0.1"),
-        "zoneout 0.3": Job(f"{f} --hidden 325 --zoneout 0.3"),
-        "dense": Job(f"{SHORT} qrnn --dense --mode f --hidden 257"),
+        "f, zoneout 0.1": Job(f"{f} --hidden 325 --zoneout 0.1"),
+        "f, zoneout 0.3": Job(f"{f} --hidden 325 --zoneout 0.3"),
+        "f, dense": Job(f"{SHORT} qrnn --dense --mode f --hidden 257"),
         "LSTM, dense": Job(f"{SHORT} lstm --dense --mode f --hidden 257"),
-        "forget bias 1": Job(f"{f} --hidden 325 --forget-bias 1"),
+        "f, forget bias 1": Job(f"{f} --hidden 325 --forget-bias 1"),
         "LSTM, forget bias 1": Job(f"{lstm} --forget-bias 1"),
-        "method blocked": Job(f"{f} --hidden 325 --method blocked"),
-        "method log": Job(f"{f} --hidden 325 --method log"),
+        "f, method blocked": Job(f"{f} --hidden 325 --method blocked"),
+        "f, method log": Job(f"{f} --hidden 325 --method log"),
     }
 
 

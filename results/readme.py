@@ -244,12 +244,9 @@ def draw_epochs(axis: Axes, model: Row, **style: Any) -> None:
 def draw_models(runs: Row, path: Path) -> None:
     """Validation perplexity of QRNNs and LSTMs against epochs, a line for each run."""
     figure, axis = plt.subplots(figsize=(6, 3.5), layout="constrained")
-    seen = set()
-    for run in runs.values():
+    for run, label in zip(runs.values(), named_once(runs), strict=True):
         (model,) = run["models"]
-        name = model["model"]
-        draw_epochs(axis, model, label=None if name in seen else NAMES[name], **STYLES[name])
-        seen.add(name)
+        draw_epochs(axis, model, label=label, **STYLES[model["model"]])
     axis.set(ylabel="validation perplexity", yscale="log")
     axis.yaxis.set_major_locator(LogLocator(subs=(1, 1.2, 1.5, 2, 3, 4, 5, 6, 7, 8, 9)))
     axis.yaxis.set_major_formatter("{x:,g}")
@@ -257,6 +254,12 @@ def draw_models(runs: Row, path: Path) -> None:
     axis.legend(frameon=False)
     figure.savefig(path, dpi=140)
     plt.close(figure)
+
+
+def named_once(runs: Row) -> list[str | None]:
+    """What the legend calls the model of each run, None where it is named already."""
+    models = [run["models"][0]["model"] for run in runs.values()]
+    return [NAMES[name] if models.index(name) == row else None for row, name in enumerate(models)]
 
 
 def draw_numerics(runs: Row, path: Path) -> None:
@@ -279,13 +282,9 @@ def draw_numerics(runs: Row, path: Path) -> None:
 def draw_ablation(runs: Row, path: Path) -> None:
     """A point for each run, in the order of the table; the line is the first run."""
     figure, axis = plt.subplots(figsize=(7, 0.24 * len(runs) + 0.9), layout="constrained")
-    seen = set()
-    for row, run in enumerate(runs.values()):
+    for row, (run, label) in enumerate(zip(runs.values(), named_once(runs), strict=True)):
         (model,) = run["models"]
-        name = model["model"]
-        label = None if name in seen else NAMES[name]
-        axis.plot(model["valid_perplexity"], row, **STYLES[name] | {"linestyle": ""}, label=label)
-        seen.add(name)
+        axis.plot(model["valid_perplexity"], row, **STYLES[model["model"]] | {"linestyle": ""}, label=label)
     axis.axvline(next(iter(runs.values()))["models"][0]["valid_perplexity"], color="0.6", linewidth=1, zorder=0)
     axis.set(
         xlabel="validation perplexity after one epoch; the line is at the first row",

@@ -129,7 +129,7 @@ def test_a_run_that_fails_is_reported(data, away, monkeypatch, capsys):
 
 
 def test_a_run_is_told_by_its_settings_not_by_its_flags():
-    other, folder = Job(f"{TINY} --models qrnn --no-dense --hidden 8"), Path("text")
+    other, folder = Job(f"{TINY} --models qrnn --hidden 8"), Path("text")
     assert identity(other, folder) == identity(Job(f"{TINY} --models qrnn"), folder)
     assert identity(Job(f"{TINY} --models qrnn --dense"), folder) != identity(other, folder)
     assert identity(other, Path("ptb")) != identity(other, folder)
