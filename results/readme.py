@@ -241,12 +241,16 @@ def draw_epochs(axis: Axes, model: Row, **style: Any) -> None:
     axis.grid(alpha=0.25)
 
 
-def draw_models(runs: Row, path: Path) -> None:
-    """Validation perplexity of QRNNs and LSTMs against epochs, a line for each run."""
+def draw_models(runs: Row, path: Path, named: bool = False) -> None:
+    """Validation perplexity of QRNNs and LSTMs against epochs, a line for each run.
+
+    named: the legend names each run; the line of a model is dashed if there was one before.
+    """
     figure, axis = plt.subplots(figsize=(6, 3.5), layout="constrained")
-    for run, label in zip(runs.values(), named_once(runs), strict=True):
+    for (label, run), first in zip(runs.items(), named_once(runs), strict=True):
         (model,) = run["models"]
-        draw_epochs(axis, model, label=label, **STYLES[model["model"]])
+        style = STYLES[model["model"]] | {"linestyle": "--" if named and first is None else "-"}
+        draw_epochs(axis, model, label=label if named else first, **style)
     axis.set(ylabel="validation perplexity", yscale="log")
     axis.yaxis.set_major_locator(LogLocator(subs=(1, 1.2, 1.5, 2, 3, 4, 5, 6, 7, 8, 9)))
     axis.yaxis.set_major_formatter("{x:,g}")
@@ -610,14 +614,21 @@ STUDIES: dict[str, Callable[[Row], str]] = {
     "longer": longer,
     "numerics": partial(study, first="pieces of T words", test=True),
     "ptb": partial(study, first="model", test=True),
+    "ptb_short": partial(study, first="model"),
     "wikitext2": partial(study, first="model", test=True),
 }
 FIGURES: dict[str, tuple[Callable[[Row, Path], None], str]] = {
     "seeds": (draw_models, "Validation perplexity of QRNN and LSTM against epochs, a line for each seed"),
     "ablation": (draw_ablation, "Validation perplexity of each row of the table, as a point"),
     "numerics": (draw_numerics, "Validation perplexity against epochs of both ways to pool, for two lengths"),
-    "ptb": (draw_models, "Validation perplexity of QRNN and LSTM on the Penn Treebank against epochs"),
-    "wikitext2": (draw_models, "Validation perplexity of QRNN and LSTM on WikiText-2 against epochs"),
+    "ptb": (
+        partial(draw_models, named=True),
+        "Validation perplexity of QRNN and LSTM on the Penn Treebank against epochs",
+    ),
+    "wikitext2": (
+        partial(draw_models, named=True),
+        "Validation perplexity of QRNN and LSTM on WikiText-2 against epochs",
+    ),
 }
 BLOCKS = {
     **{name: partial(recorded, name, f"python studies.py {name}", made) for name, made in STUDIES.items()},

@@ -62,11 +62,11 @@ def test_flags_are_understood_and_no_run_is_done_twice(study, tmp_path, monkeypa
 
 
 def test_the_lstm_on_the_penn_treebank_has_256_units():
-    config = parse(STUDIES["ptb"]()["LSTM"].flags.split(), PRESETS)
+    config = parse(STUDIES["ptb"]()["LSTM, dropout 0.4"].flags.split(), PRESETS)
     assert build_model(config, "lstm", vocabulary=10).hidden == 256
 
 
-@pytest.mark.parametrize("study", ["ablation", "longer", "ptb", "wikitext2"])
+@pytest.mark.parametrize("study", ["ablation", "longer", "ptb", "ptb_short", "wikitext2"])
 def test_compared_models_have_as_many_recurrent_parameters(study):
     configs = [parse(run.flags.split(), PRESETS) for run in STUDIES[study]().values()]
     counts = [count_parameters(build_model(config, *config.models, vocabulary=10).rnn) for config in configs]
