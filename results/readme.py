@@ -244,12 +244,12 @@ def draw_epochs(axis: Axes, model: Row, **style: Any) -> None:
 def draw_models(runs: Row, path: Path, named: bool = False) -> None:
     """Validation perplexity of QRNNs and LSTMs against epochs, a line for each run.
 
-    named: the legend names each run; the line of a model is dashed if there was one before.
+    named: the legend names each run; the line of a model is dotted if there was one before.
     """
     figure, axis = plt.subplots(figsize=(6, 3.5), layout="constrained")
     for (label, run), first in zip(runs.items(), named_once(runs), strict=True):
         (model,) = run["models"]
-        style = STYLES[model["model"]] | {"linestyle": "--" if named and first is None else "-"}
+        style = STYLES[model["model"]] | ({"linestyle": ":"} if named and first is None else {})
         draw_epochs(axis, model, label=label if named else first, **style)
     axis.set(ylabel="validation perplexity", yscale="log")
     axis.yaxis.set_major_locator(LogLocator(subs=(1, 1.2, 1.5, 2, 3, 4, 5, 6, 7, 8, 9)))
