@@ -129,42 +129,51 @@ def tuning(runs: Row) -> str:
 
 def seeds(runs: Row) -> str:
     """Mean and standard deviation over the seeds."""
-    models: dict[str, list[Row]] = {}
-    for run in runs.values():
-        (model,) = run["models"]
-        models.setdefault(NAMES[model["model"]] + ", dense" * run["config"]["dense"], []).append(model)
-
-    def score(mine: list[Row], split: str) -> str:
-        values = [model[f"{split}_perplexity"] for model in mine]
-        if None in values:
-            return "not read"
-        return f"{mean(values):.2f}" + (f" ± {stdev(values):.2f}" if len(values) > 1 else "")
-
-    rows = [
-        [
-            label,
-            f"{mine[0]['hidden']}",
-            f"{mine[0]['recurrent_parameters']:,} / {mine[0]['parameters']:,}",
-            f"{len(mine)}",
-            score(mine, "valid"),
-            score(mine, "test"),
-        ]
-        for label, mine in models.items()
-    ]
+    rows = []
+    for name, mine in by_model(runs).items():
+        sizes = [f"{mine[0]['hidden']}", f"{mine[0]['recurrent_parameters']:,} / {mine[0]['parameters']:,}"]
+        rows.append([NAMES[name], *sizes, f"{len(mine)}", score(mine, "valid"), score(mine, "test")])
     header = ["model", "units", "parameters, recurrent / all", "seeds", "validation perplexity", "test perplexity"]
     return table(header, rows)
 
 
-def seeds_and_dense(runs: Row) -> str:
-    """As `seeds`, and below the best run of each model with dense connections, from results/longer.json."""
-    best: Row = {}
-    for run in finished_runs("longer").values():
-        (model,) = run["models"]
-        if run["config"]["dense"]:
-            score, before = model["valid_perplexity"], best.get(model["model"])
-            if before is None or score < before["models"][0]["valid_perplexity"]:
-                best[model["model"]] = run
-    return seeds(runs | {name: best[name] for name in NAMES if name in best})
+def by_model(runs: Row) -> dict[str, list[Row]]:
+    """The results of the QRNNs and of the LSTMs."""
+    models = [model for run in runs.values() for model in run["models"]]
+    return {name: mine for name in NAMES if (mine := [model for model in models if model["model"] == name])}
+
+
+def score(models: list[Row], split: str) -> str:
+    """Mean and standard deviation of the perplexities."""
+    values = [model[f"{split}_perplexity"] for model in models]
+    if None in values:
+        return "not read"
+    return f"{mean(values):.2f}" + (f" ± {stdev(values):.2f}" if len(values) > 1 else "")
+
+
+def summary() -> str:
+    """A row for each comparison of the two: all seeds, elsewhere the run of each model that is best on validation."""
+    dense = {label: run for label, run in finished_runs("longer").items() if run["config"]["dense"]}
+    comparisons = {
+        "WikiText-2, sentences, 4 epochs, three seeds": by_model(finished_runs("seeds")),
+        "the same, tuned": by_model(finished_runs("tuned")),
+        "the same, not tuned, dense connections, one seed": best_of_each(dense),
+        "Penn Treebank, stream, 15 epochs, one seed": best_of_each(finished_runs("ptb")),
+        "WikiText-2, stream, 4 epochs, one seed": best_of_each(finished_runs("wikitext2")),
+    }
+    rows = []
+    for label, models in comparisons.items():
+        if len(models) == len(NAMES):
+            scores = [score(mine, split) for split in ("valid", "test") for mine in models.values()]
+            last = "valid" if "not read" in scores else "test"
+            qrnn, lstm = (mean(model[f"{last}_perplexity"] for model in models[name]) for name in ("qrnn", "lstm"))
+            rows.append([label, *scores, f"{qrnn / lstm:.3f}"])
+    header = [f"{name}, {split}" for split in ("validation", "test") for name in NAMES.values()]
+    return table(["perplexity", *header, "QRNN / LSTM"], rows)
+
+
+def best_of_each(runs: Row) -> dict[str, list[Row]]:
+    return {name: [min(mine, key=lambda model: model["valid_perplexity"])] for name, mine in by_model(runs).items()}
 
 
 def study_source(name: str, command: str, runs: Row) -> str:
@@ -608,7 +617,7 @@ DRAWINGS = {
 }
 
 STUDIES: dict[str, Callable[[Row], str]] = {
-    "seeds": seeds_and_dense,
+    "seeds": seeds,
     "tuned": seeds,
     "ablation": partial(study, first="what is changed"),
     "longer": longer,
@@ -632,6 +641,7 @@ FIGURES: dict[str, tuple[Callable[[Row, Path], None], str]] = {
 }
 BLOCKS = {
     **{name: partial(recorded, name, f"python studies.py {name}", made) for name, made in STUDIES.items()},
+    "summary": summary,
     "tuning": partial(recorded, "tuning", "python examples/tune.py --preset small --amp bf16", tuning),
     "sentiment": sentiment,
     "translation": translation,

@@ -44,13 +44,28 @@ def test_studies_are_shown_with_what_failed(tmp_path, monkeypatch):
             content["runs"][f"{name} {seed}"] = run | {"models": [model]}
     runs = {label: run for label, run in content["runs"].items() if label[-1] in "01" and label[0] in "ql"}
     assert "| QRNN | 8 | 1,000 / 2,000 | 2 | 91.00 ± 1.41 | 90.00 ± 1.41 |" in module.seeds(runs)
-    run = {"config": {"dense": True}, "models": [sizes | {"model": "qrnn", "test_perplexity": None}]}
-    dense = {str(score): json.loads(json.dumps(run)) for score in (88, 86, 87)}
-    for score, other in dense.items():
-        other["models"][0]["valid_perplexity"] = float(score)
-    (tmp_path / "longer.json").write_text(json.dumps({"runs": dense}))
-    assert "| QRNN, dense | 8 | 1,000 / 2,000 | 1 | 86.00 | not read |" in module.seeds_and_dense(runs)
     assert "| 0.01 | 0.20 | 0.001 | **92.00** | **99.00** |" in module.tuning(runs)
+
+
+def test_the_summary_says_who_is_ahead_and_by_how_much(tmp_path, monkeypatch):
+    module = readme_module()
+    monkeypatch.setattr(module, "RESULTS", tmp_path)
+
+    def write(name: str, dense: bool, **perplexities: list[tuple[float, float | None]]) -> None:
+        models = [
+            {"model": model, "valid_perplexity": valid, "test_perplexity": test}
+            for model, scores in perplexities.items()
+            for valid, test in scores
+        ]
+        runs = {str(n): {"config": {"dense": dense}, "models": [model]} for n, model in enumerate(models)}
+        (tmp_path / f"{name}.json").write_text(json.dumps({"runs": runs}))
+
+    write("seeds", False, qrnn=[(90.0, 80.0), (92.0, 82.0)], lstm=[(95.0, 90.0), (95.0, 90.0)])
+    write("longer", True, qrnn=[(60.0, None), (55.0, None)], lstm=[(50.0, None)])
+    write("ptb", False, qrnn=[(70.0, 60.0)])
+    *_, first, second = module.summary().splitlines()
+    assert first.endswith("| 91.00 ± 1.41 | 95.00 ± 0.00 | 81.00 ± 1.41 | 90.00 ± 0.00 | 0.900 |")
+    assert second.endswith("| 55.00 | 50.00 | not read | not read | 1.100 |")
 
 
 def test_a_study_of_which_nothing_succeeded_is_shown(tmp_path, monkeypatch):
