@@ -62,7 +62,7 @@ def test_flags_are_understood_and_no_run_is_done_twice(study, tmp_path, monkeypa
 
 
 def test_the_lstm_on_the_penn_treebank_has_256_units():
-    config = parse(STUDIES["ptb"]()["LSTM, dropout 0.4"].flags.split(), PRESETS)
+    config = parse(STUDIES["ptb"]()["LSTM"].flags.split(), PRESETS)
     assert build_model(config, "lstm", vocabulary=10).hidden == 256
 
 
