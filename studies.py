@@ -3,14 +3,14 @@
 A study is a list of runs of experiment.py. They go two at a time, each on half of the cores. What is finished in runs/
 is not run again, what was stopped goes on; `make results` brings the file into the README.
 
-seeds      QRNN and LSTM with the settings of the preset small, three seeds
-ablation   the QRNN with one thing changed, one epoch
-longer     the most promising for four epochs, with and without dense connections
-tuned      three seeds with the settings that examples/tune.py found
-numerics   the plain closed form left to autograd beside `scan`
-ptb        both models on the Penn Treebank as one stream, 15 epochs
-ptb_short  the same with more forms of the QRNN, 3 epochs
-wikitext2  both models on WikiText-2 as one stream with all its words
+seeds      QRNN and LSTM with the settings of the preset small, three seeds; 1 h on 2 CPU cores
+ablation   the QRNN with one thing changed, one epoch; 1 1/2 h
+longer     the most promising for four epochs, with and without dense connections; 1 1/4 h
+tuned      three seeds with the settings that examples/tune.py found; 1 h
+numerics   the plain closed form left to autograd beside `scan`; 1/4 h
+ptb        both models on the Penn Treebank as one stream, 15 epochs; 2 1/2 h
+ptb_short  the same with more forms of the QRNN, 3 epochs; 1/2 h
+wikitext2  both models on WikiText-2 as one stream with all its words; not run yet, about 1 1/2 h
 
 --data is a folder with the files of WikiText-2, for numerics, ptb and ptb_short of the Penn Treebank.
 """
@@ -157,6 +157,8 @@ def ptb() -> Jobs:
     return {
         "QRNN": Job(f"{flags} qrnn"),
         "LSTM": Job(f"{flags} lstm"),
+        "QRNN, half the learning rate": Job(f"{flags} qrnn --lr 2e-3"),
+        "LSTM, half the learning rate": Job(f"{flags} lstm --lr 2e-3"),
         "QRNN, zoneout 0.1": Job(f"{flags} qrnn --zoneout 0.1"),  # as in the paper
     }
 

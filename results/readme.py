@@ -40,6 +40,7 @@ PAPER = {  # batch size -> times as fast as cuDNN's LSTM at each length, inferen
 LIMITS = {"copy": "gb_per_s", "matrix product": "gflop_per_s"}  # of the machine
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 MARKERS = "os^Dv<>x"
+FIT = "training, mean over the last epoch, with dropout"
 Row = dict[str, Any]
 
 
@@ -83,16 +84,18 @@ def finished_runs(name: str) -> Row:
     return {label: run for label, run in runs.items() if "error" not in run}
 
 
-def study(runs: Row, first: str, test: bool = False) -> str:
-    """A row for each run, of one model each."""
+def study(runs: Row, first: str, complete: bool = False) -> str:
+    """A row for each run, of one model each; if complete, with the test perplexity and how well the training text is
+    fitted in the last epoch."""
     rows = []
     for label, run in runs.items():
         (model,) = run["models"]
         sizes = [f"{model['hidden']}", f"{model['recurrent_parameters']:,} / {model['parameters']:,}"]
-        scores = [model["valid_perplexity"], *([model["test_perplexity"]] if test else [])]
+        scores = [model["valid_perplexity"]]
+        scores += [model["test_perplexity"], model["epochs"][-1]["train_perplexity"]] if complete else []
         rows.append([label, *sizes, *(f"{score:.1f}" for score in scores)])
-    header = [first, "units", "parameters, recurrent / all", "validation perplexity", *(["test perplexity"] * test)]
-    return table(header, rows)
+    header = [first, "units", "parameters, recurrent / all", "validation perplexity"]
+    return table(header + (["test perplexity", FIT] if complete else []), rows)
 
 
 def longer(runs: Row) -> str:
@@ -103,7 +106,7 @@ def longer(runs: Row) -> str:
         scores = [f"{line['valid_perplexity']:.1f}" for line in model["epochs"]]
         rows.append([label, f"{model['hidden']}", *scores, f"{model['epochs'][-1]['train_perplexity']:.1f}"])
     epochs = (f"validation, epoch {epoch + 1}" for epoch in range(len(rows[0]) - 3))
-    return table(["model", "units", *epochs, "training, mean over the last epoch, with dropout"], rows)
+    return table(["model", "units", *epochs, FIT], rows)
 
 
 def tuning(runs: Row) -> str:
@@ -621,10 +624,10 @@ STUDIES: dict[str, Callable[[Row], str]] = {
     "tuned": seeds,
     "ablation": partial(study, first="what is changed"),
     "longer": longer,
-    "numerics": partial(study, first="pieces of T words", test=True),
-    "ptb": partial(study, first="model", test=True),
+    "numerics": partial(study, first="pieces of T words", complete=True),
+    "ptb": partial(study, first="model", complete=True),
     "ptb_short": partial(study, first="model"),
-    "wikitext2": partial(study, first="model", test=True),
+    "wikitext2": partial(study, first="model", complete=True),
 }
 FIGURES: dict[str, tuple[Callable[[Row, Path], None], str]] = {
     "seeds": (draw_models, "Validation perplexity of QRNN and LSTM against epochs, a line for each seed"),
