@@ -523,6 +523,7 @@ class QRNNLayer(nn.Module):
         mode: "f", "fo" or "ifo", section 2 of the paper: which gates there are besides the forget gate.
         zoneout: probability that a channel keeps its state for a step, in training only (eq. 6, without rescaling).
         activation: of the candidate: "softplus", "exp", "sigmoid", "relu", "tanh" (the paper's) or "identity".
+            For language models "tanh" is the better choice by far, see the README.
         bias: whether the projection has a bias.
         method: how to pool, see `pool`.
         causal: False centres the convolution: step t sees the inputs t - K // 2 ... t + (K - 1) // 2. For an encoder,
