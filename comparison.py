@@ -13,7 +13,7 @@ import sys
 import time
 from abc import ABC, abstractmethod
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
@@ -21,6 +21,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 import torch
 import tyro
 from accelerate import Accelerator
+from filelock import FileLock, Timeout
 from torch import nn
 
 from checkpoint import CheckpointError, load_checkpoint, write_file
@@ -142,14 +143,21 @@ def run(config: RunConfig, prepare: Callable[[int], Task]) -> int:
         task = prepare(accelerator.num_processes)
     check_same(task, accelerator.num_processes, record)
     accelerator.wait_for_everyone()  # until all have looked at the folder
-    origin = provenance(seed=config.seed, device=accelerator.device.type)  # the code that runs, not that of tomorrow
-    if accelerator.is_main_process and record is None:
+    if not accelerator.is_main_process:
+        return train_all(task, accelerator, {})
+    if record is None:
         config.folder.mkdir(parents=True, exist_ok=True)
         for name, text in task.files.items():
             write_file(config.folder / name, text)
         record = new_record(task, accelerator.num_processes)
-        write_file(config.folder / "config.json", json.dumps(record, indent=1) + "\n")
+    with only_process(config.folder):
+        origin = provenance(seed=config.seed, device=accelerator.device.type)
+        return train_all(task, accelerator, sign(record, config, origin))
 
+
+def train_all(task: Task, accelerator: Accelerator, origin: dict[str, Any]) -> int:
+    """Train the models that are not finished, and report on all; see `run`."""
+    config = task.config
     announce(task, accelerator)
     results = []
     with StopSignal() as stop:
@@ -169,6 +177,36 @@ def new_record(task: Task, processes: int) -> dict[str, Any]:
     """What config.json holds: all that decides about the numbers."""
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(task.config).items()}
     return json.loads(json.dumps({"config": settings, "corpus": task.fingerprint, "processes": processes}))
+
+
+def sign(record: dict[str, Any], config: RunConfig, origin: dict[str, Any]) -> dict[str, Any]:
+    """Write config.json, and in it the code that runs now, not that of tomorrow.
+
+    Returns:
+        the origin of all that was trained in the folder: a run may be resumed after a change of the code.
+    """
+    starts = record.setdefault("starts", [])
+    start = {"commit": origin["commit"], "dirty": origin["dirty"]}
+    trains = not all(finished_result(config, name) for name in config.models)
+    if start not in starts and (trains or not starts):
+        starts.append(start)
+    write_file(config.folder / "config.json", json.dumps(record, indent=1) + "\n")
+    return origin | starts[-1] | {"earlier_starts": starts[:-1]}
+
+
+@contextlib.contextmanager
+def only_process(folder: Path) -> Iterator[None]:
+    """Raises InputError: another process trains there."""
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        message = f"{folder} is being trained by another process; wait for it, or choose another --name"
+        raise InputError(message) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def read_record(config: RunConfig) -> dict[str, Any] | None:

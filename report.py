@@ -168,13 +168,14 @@ def markdown(content: dict[str, Any], table: str, layout: Layout, sections: list
     ]
     gpu = f", {machine['gpu']}" if machine["gpu"] else ""
     versions = ", ".join(f"{name} {number}" for name, number in content["versions"].items())
-    commit = f"{content['commit']}{' with changes' if content['dirty'] else ''}"
+    starts = [*content["earlier_starts"], content]
+    commits = ", ".join(f"{start['commit']}{' with changes' if start['dirty'] else ''}" for start in starts)
     lines += [
         "",
         "## Where it comes from",
         "",
         f"- `{content['command']}`",
-        f"- commit {commit}",
+        f"- commit {commits}",
         f"- {machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB{gpu}; {versions}",
         f"- corpus: {corpus['source']}",
     ]

@@ -296,6 +296,33 @@ def test_an_existing_run_is_not_overwritten(capsys):
     assert snapshot(Path("runs")) == before
 
 
+def test_a_run_names_all_commits_that_trained_it(monkeypatch):
+    arguments = [*TINY, "--name", "x", "--models", "qrnn"]
+
+    def start(commit: str, dirty: bool, *flags: str) -> list[tuple[str, bool]]:
+        real = comparison.provenance
+        with monkeypatch.context() as patch:
+            patch.setattr(comparison, "provenance", lambda **_: real(**_) | {"commit": commit, "dirty": dirty})
+            assert main([*arguments, *flags]) == 0
+        return [(start["commit"], start["dirty"]) for start in (*results("x")["earlier_starts"], results("x"))]
+
+    assert start("first", True) == [("first", True)]
+    Path("runs/x/qrnn/result.json").unlink()  # as if it had been killed before the end
+    assert start("second", False, "--resume") == [("first", True), ("second", False)]
+    assert "commit first with changes, second\n" in Path("runs/x/report.md").read_text()
+    assert start("third", False, "--resume") == [("first", True), ("second", False)]  # trained nothing
+
+
+def test_a_folder_in_which_another_process_trains_is_refused(capsys):
+    arguments = [*TINY, "--name", "x", "--models", "qrnn"]
+    assert main(arguments) == 0
+    before = snapshot(Path("runs/x/qrnn"))
+    with comparison.only_process(Path("runs/x")):
+        assert "runs/x is being trained by another process" in refused(capsys, [*arguments, "--resume"])
+    assert snapshot(Path("runs/x/qrnn")) == before
+    assert main([*arguments, "--resume"]) == 0
+
+
 def test_resuming_with_other_settings_names_them(capsys, folder):
     assert main([*TINY, "--name", "x", "--models", "qrnn"]) == 0
     before = snapshot(Path("runs"))
