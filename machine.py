@@ -24,7 +24,7 @@ def provenance(*, seed: int, device: str) -> dict[str, Any]:
         seed: the result's.
         device: "cpu", "cuda" or "mps"; the GPU is named only if it was used.
     """
-    status = _git("status", "--porcelain", "--untracked-files=no")
+    status = _git("status", "--porcelain", "--untracked-files=no", "--", "*.py")  # not the results that it is about
     return {
         "command": " ".join(["python", _script(), *map(_without_folder, sys.argv[1:])]),
         "commit": _git("rev-parse", "HEAD"),

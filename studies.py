@@ -8,9 +8,9 @@ ablation   the QRNN with one thing changed, one epoch; 1 1/2 h
 longer     the most promising for four epochs, with and without dense connections; 1 1/4 h
 tuned      three seeds with the settings that examples/tune.py found; 1 h
 numerics   the plain closed form left to autograd beside `scan`; 1/4 h
-ptb        both models on the Penn Treebank as one stream, 15 epochs; 2 1/2 h
+ptb        both models on the Penn Treebank as one stream, 15 epochs; 1 h
 ptb_short  the same with more forms of the QRNN, 3 epochs; 1/2 h
-wikitext2  both models on WikiText-2 as one stream with all its words; not run yet, about 1 1/2 h
+wikitext2  both models on WikiText-2 as one stream with all its words; 1 1/2 h
 
 --data is a folder with the files of WikiText-2, for numerics, ptb and ptb_short of the Penn Treebank.
 """
@@ -140,27 +140,27 @@ def tuned() -> Jobs:
 
 
 def best_flags(model: str) -> str:
-    """The flags of the trial that was best on validation; raises InputError: there are no trials."""
+    """The flags of the trial that was best on validation; raises InputError: the models do not have the same trials."""
     path = RESULTS / "tuning.json"
     runs = json.loads(path.read_text())["runs"].values() if path.exists() else ()
-    mine = [run for run in runs if "error" not in run and run["config"]["models"] == [model]]
-    if not mine:
-        raise InputError(f"results/tuning.json has no trial of {model}; run examples/tune.py first")
-    best = min(mine, key=lambda run: run["models"][0]["valid_perplexity"])["config"]
     names = ("lr", "dropout", "dropout_embedding", "dropout_output", "weight_decay")
-    return " ".join(f"--{name.replace('_', '-')} {best[name]}" for name in names)
+    trials: dict[str, dict[tuple[float, ...], float]] = {name: {} for name in NAMES}  # flags -> perplexity
+    for run in runs:
+        config = run.get("config", {})  # none where it failed
+        if config.get("preset") == "small":
+            (result,) = run["models"]
+            trials[result["model"]][tuple(config[name] for name in names)] = result["valid_perplexity"]
+    tried = [set(mine) for mine in trials.values()]
+    if not all(tried) or tried[0] != tried[1]:
+        raise InputError(f"{path.name} lacks the same trials of both models; run examples/tune.py --preset small first")
+    best = min(trials[model], key=trials[model].__getitem__)
+    return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in zip(names, best, strict=True))
 
 
 def ptb() -> Jobs:
     """The Penn Treebank as one stream; the width gives the LSTM 256 units."""
     flags = f"{PTB} --epochs 15 --hidden 309 --models"
-    return {
-        "QRNN": Job(f"{flags} qrnn"),
-        "LSTM": Job(f"{flags} lstm"),
-        "QRNN, half the learning rate": Job(f"{flags} qrnn --lr 2e-3"),
-        "LSTM, half the learning rate": Job(f"{flags} lstm --lr 2e-3"),
-        "QRNN, zoneout 0.1": Job(f"{flags} qrnn --zoneout 0.1"),  # as in the paper
-    }
+    return {label: Job(f"{flags} {model}") for model, label in NAMES.items()}
 
 
 def ptb_short() -> Jobs:
@@ -178,7 +178,7 @@ def ptb_short() -> Jobs:
 def wikitext2() -> Jobs:
     """WikiText-2 as one stream, with all its words: beside a softmax over so many, wider layers cost little time."""
     flags = f"{STREAMED} --corpus wikitext-2 --hidden 512 --epochs 4 --lr 3e-3 {DROPOUT.format(0.3)}"
-    return {NAMES[model]: Job(f"{flags} --models {model}") for model in NAMES}
+    return {label: Job(f"{flags} --models {model}") for model, label in NAMES.items()}
 
 
 STUDIES: dict[str, Callable[[], Jobs]] = {
@@ -192,45 +192,44 @@ STUDIES: dict[str, Callable[[], Jobs]] = {
 def carry_out(study: str, jobs: Jobs, data: Path) -> int:
     """Run what is not finished yet and write results/STUDY.json after each run that succeeded.
 
-    What is on record of a job stays until a run of it succeeds.
+    What is on record of a job stays until a run of it succeeds, if it was made with the settings of today.
 
     Returns:
         the exit code: 0, 1 if a run failed, 130 if it was interrupted.
 
     Raises:
-        InputError: the data is not there.
+        InputError: the data is not there, or a flag of a job is wrong; nothing has run.
     """
     if not data.is_dir():
         raise InputError(f"--data {data}: no folder; give the one with the corpus")
+    data, identities = data.resolve(), {label: identity(job, data) for label, job in jobs.items()}
     origin, path, failed = provenance(seed=0, device="cpu"), RESULTS / f"{study}.json", {}
-    done = json.loads(path.read_text())["runs"] if path.exists() else {}
+    before = json.loads(path.read_text())["runs"] if path.exists() else {}
+    done = {label: run for label, run in before.items() if run.get("identity") == identities.get(label)}
     with ThreadPoolExecutor(JOBS) as pool:
-        futures = {pool.submit(perform, study, job, data.resolve()): label for label, job in jobs.items()}
+        futures = {pool.submit(perform, f"{study}-{identities[label]}", jobs[label], data): label for label in jobs}
         try:
             for future in tqdm(as_completed(futures), total=len(jobs), desc=study, unit="run"):
                 label, content = futures[future], future.result()
                 if "error" in content:
                     failed[label] = content["error"]
                 if "error" not in content or "error" in done.get(label, content):
-                    done[label] = content
+                    done[label] = {"identity": identities[label], **content}
                 runs = {label: done[label] for label in jobs if label in done}
                 write_file(path, json.dumps(origin | {"runs": runs}, indent=1) + "\n")
         except KeyboardInterrupt:  # which the runs got too
-            pool.shutdown(cancel_futures=True)
             print("stopped; the same command goes on", file=sys.stderr)
             return 130
+        finally:
+            pool.shutdown(cancel_futures=True)
     for label, error in failed.items():
         print(f"{label}: {error}")
     print(f"wrote results/{study}.json; `make results` brings it into the README")
     return 1 if failed else 0
 
 
-def perform(study: str, job: Job, data: Path) -> dict[str, Any]:
+def perform(name: str, job: Job, data: Path) -> dict[str, Any]:
     """What came out: the content of the run's results.json, or {"error": a line}."""
-    try:
-        name = f"{study}-{identity(job, data)}"  # a run with other settings is another run
-    except InputError as error:
-        return {"error": str(error)}
     path = ROOT / RUNS / name / "results.json"
     if not finished(path):
         (ROOT / RUNS).mkdir(exist_ok=True)
@@ -247,7 +246,11 @@ def perform(study: str, job: Job, data: Path) -> dict[str, Any]:
 
 
 def identity(job: Job, data: Path) -> str:
-    """Eight digits that stand for the settings, also where the flags leave them to a preset."""
+    """Eight digits that stand for the settings, also where the flags leave them to a preset.
+
+    Raises:
+        InputError: a wrong flag.
+    """
     config = asdict(parse(job.flags.split(), PRESETS))
     settings = {name: value for name, value in config.items() if name not in (*FREE_TO_CHANGE, "preset")}
     text = json.dumps([job.script, data.name, settings], sort_keys=True)

@@ -2,8 +2,9 @@
 
     python examples/tune.py --data wikitext-2 --trials 6 --preset small --amp bf16
 
-Each model gets the same trials; the first has the values of the preset and the flags. Learning rate (1e-3 to 1.6e-2)
-and weight decay (1e-4 to 0.1) are drawn in logarithms, dropout (0 to 0.5) is the same in all three places. All flags of
+Each model gets the same trials; the first has the learning rate, the dropout and the weight decay of the preset and the
+flags. Learning rate (1e-3 to 1.6e-2) and weight decay (1e-4 to 0.1) are drawn in logarithms, dropout (0 to 0.5) is the
+same in all three places, also in the first. All flags of
 experiment.py can be given; without --preset it starts from girrbach, which is for a GPU. The results are in
 results/tuning.json; the test split is not evaluated. Called again, it goes on.
 """

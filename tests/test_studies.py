@@ -43,10 +43,11 @@ def data(tmp_path):
 def write_tuning(folder: Path) -> None:
     def trial(model: str, lr: float, valid_perplexity: float) -> dict:
         dropouts = {"dropout": 0.3, "dropout_embedding": 0.3, "dropout_output": 0.3}
-        config = {"models": [model], "lr": lr, "weight_decay": 0.02, **dropouts}
-        return {"config": config, "models": [{"valid_perplexity": valid_perplexity}]}
+        config = {"preset": "small", "lr": lr, "weight_decay": 0.02, **dropouts}
+        return {"config": config, "models": [{"model": model, "valid_perplexity": valid_perplexity}]}
 
-    runs = {"a": trial("qrnn", 0.001, 120.0), "b": trial("qrnn", 0.003, 100.0), "c": trial("lstm", 0.002, 110.0)}
+    runs = {"a": trial("qrnn", 0.002, 120.0), "b": trial("qrnn", 0.003, 100.0), "c": trial("lstm", 0.002, 110.0)}
+    runs |= {"e": trial("lstm", 0.003, 115.0)}
     (folder / "tuning.json").write_text(json.dumps({"runs": runs | {"d": {"error": "exit code 1: diverged"}}}))
 
 
@@ -55,7 +56,7 @@ def test_flags_are_understood_and_no_run_is_done_twice(study, tmp_path, monkeypa
     monkeypatch.setattr(studies, "RESULTS", tmp_path)
     write_tuning(tmp_path)
     runs = STUDIES[study]()
-    assert len({(run.script, tuple(sorted(run.flags.split()))) for run in runs.values()}) == len(runs)
+    assert len({identity(run, Path("text")) for run in runs.values()}) == len(runs)
     for run in runs.values():
         assert (ROOT / run.script).exists()
         assert len(parse(run.flags.split(), PRESETS).models) == 1
@@ -85,7 +86,13 @@ def test_compared_models_get_the_trial_that_was_best_on_validation(tmp_path, mon
 def test_tuned_models_need_the_tuning(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(studies, "RESULTS", tmp_path)
     assert main(["tuned", "--data", str(tmp_path)]) == 2
-    assert "run examples/tune.py first" in capsys.readouterr().err
+    write_tuning(tmp_path)
+    tuning = json.loads((tmp_path / "tuning.json").read_text())
+    tuning["runs"].pop("e")  # two trials of one, one of the other
+    (tmp_path / "tuning.json").write_text(json.dumps(tuning))
+    assert main(["tuned", "--data", str(tmp_path)]) == 2
+    first, second = capsys.readouterr().err.strip().splitlines()
+    assert first == second and "lacks the same trials of both models" in first
 
 
 @pytest.fixture
@@ -97,35 +104,39 @@ def away(tmp_path, monkeypatch):
     return tmp_path
 
 
+DIVERGES = Job(f"{TINY} --models lstm --optimizer sgd --lr 1e30")
+
+
 def test_a_study_writes_what_came_out_and_does_not_run_it_again(data, away, monkeypatch, capsys):
-    jobs = {"good": Job(f"{TINY} --models qrnn"), "bad": Job(f"{TINY} --models lstm --lr -1")}
+    jobs = {"good": Job(f"{TINY} --models qrnn"), "bad": DIVERGES}
     monkeypatch.setitem(STUDIES, "tiny", lambda: jobs)
     assert main(["tiny", "--data", str(data)]) == 1
     content = json.loads((away / "tiny.json").read_text())
-    assert list(content["runs"]) == ["good", "bad"]
+    assert set(content["runs"]) == {"good", "bad"}
     assert content["runs"]["good"]["models"][0]["model"] == "qrnn" and not content["runs"]["good"]["interrupted"]
-    assert content["runs"]["bad"]["error"].startswith("--lr -1")
-    assert "bad: --lr -1" in capsys.readouterr().out
+    assert content["runs"]["bad"]["error"].startswith("exit code 1: error: stopped")
+    assert "bad: exit code 1: error: stopped" in capsys.readouterr().out
     monkeypatch.setattr(studies, "subprocess", SimpleNamespace(run=lambda *_, **__: pytest.fail("run again")))
     jobs.pop("bad")
     assert main(["tiny", "--data", str(data)]) == 0
 
 
 def test_what_is_on_record_stays_until_its_run_succeeds(data, away, monkeypatch):
-    record = {"runs": {"first": {"kept": 1}, "second": {"kept": 2}, "gone": {"kept": 3}}}
+    first, kept = Job(f"{TINY} --models qrnn"), {"identity": identity(DIVERGES, data)}
+    record = {"runs": {"first": {"identity": "of other settings"}, "second": kept, "third": kept, "gone": kept}}
     (away / "tiny.json").write_text(json.dumps(record))
-    jobs = {"second": Job(f"{TINY} --models lstm --lr -1"), "first": Job(f"{TINY} --models qrnn")}
+    jobs = {"second": DIVERGES, "first": first, "third": Job(f"{DIVERGES.flags} --seed 1")}
     monkeypatch.setitem(STUDIES, "tiny", lambda: jobs)
     assert main(["tiny", "--data", str(data)]) == 1
     runs = json.loads((away / "tiny.json").read_text())["runs"]
-    assert list(runs) == ["second", "first"]
-    assert runs["second"] == {"kept": 2} and runs["first"]["models"][0]["model"] == "qrnn"
+    assert list(runs) == ["second", "first", "third"]
+    assert runs["second"] == kept and runs["first"]["models"][0]["model"] == "qrnn" and "error" in runs["third"]
 
 
-def test_a_run_that_fails_is_reported(data, away, monkeypatch, capsys):
-    monkeypatch.setitem(STUDIES, "tiny", lambda: {"diverges": Job(f"{TINY} --models lstm --optimizer sgd --lr 1e30")})
-    assert main(["tiny", "--data", str(data)]) == 1
-    assert "diverges: exit code 1: error: stopped" in capsys.readouterr().out
+def test_a_wrong_flag_is_one_line_before_anything_runs(data, away, monkeypatch, capsys):
+    monkeypatch.setitem(STUDIES, "tiny", lambda: {"good": Job(TINY), "bad": Job(f"{TINY} --lr -1")})
+    assert main(["tiny", "--data", str(data)]) == 2
+    assert capsys.readouterr().err.startswith("error: --lr -1") and not (away / "runs").exists()
 
 
 def test_a_run_is_told_by_its_settings_not_by_its_flags():
