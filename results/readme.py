@@ -22,6 +22,7 @@ from matplotlib.ticker import LogLocator, NullFormatter
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, its own folder is all that Python sees
 import studies
+from checkpoint import write_file
 from report import NAMES, STYLES
 
 RESULTS = Path(__file__).parent
@@ -113,7 +114,7 @@ def tuning(runs: Row) -> str:
     """A row for each trial, which is the same for both models, the best of each in bold."""
     trials: dict[tuple[float, ...], dict[str, float]] = {}
     for run in runs.values():
-        values = tuple(run["config"][name] for name in ("lr", "dropout", "weight_decay"))
+        values = tuple(run["config"][name] for name in ("epochs", "lr", "dropout", "weight_decay"))
         (model,) = run["models"]
         trials.setdefault(values, {})[model["model"]] = model["valid_perplexity"]
     best = {name: min((scores[name] for scores in trials.values() if name in scores), default=None) for name in NAMES}
@@ -124,10 +125,11 @@ def tuning(runs: Row) -> str:
         return f"**{scores[name]:.2f}**" if scores[name] == best[name] else f"{scores[name]:.2f}"
 
     rows = [
-        [f"{lr:.2g}", f"{dropout:.2f}", f"{decay:.2g}", *(cell(name, scores) for name in NAMES)]
-        for (lr, dropout, decay), scores in trials.items()
+        [f"{lr:.2g}", f"{dropout:.2f}", f"{decay:.2g}", f"{epochs}", *(cell(name, scores) for name in NAMES)]
+        for (epochs, lr, dropout, decay), scores in sorted(trials.items())
     ]
-    return table(["learning rate", "dropout", "weight decay", *NAMES.values()], rows)
+    perplexities = [f"{model}, validation perplexity" for model in NAMES.values()]
+    return table(["learning rate", "dropout", "weight decay", "epochs", *perplexities], rows)
 
 
 def seeds(runs: Row) -> str:
@@ -155,40 +157,47 @@ def score(models: list[Row], split: str) -> str:
 
 
 def summary() -> str:
-    """A row for each comparison of the two: all seeds, elsewhere the run of each model that is best on validation."""
-    dense = {label: run for label, run in finished_runs("longer").items() if run["config"]["dense"]}
+    """A row for each comparison of the two that has as many runs of one as of the other."""
+    dense = by_model({label: run for label, run in finished_runs("longer").items() if run["config"]["dense"]})
     comparisons = {
-        "WikiText-2, sentences, 4 epochs, three seeds": by_model(finished_runs("seeds")),
-        "the same, tuned": by_model(finished_runs("tuned")),
-        "the same, not tuned, dense connections, one seed": best_of_each(dense),
-        "Penn Treebank, stream, 15 epochs, one seed": best_of_each(finished_runs("ptb")),
-        "WikiText-2, stream, 4 epochs, one seed": best_of_each(finished_runs("wikitext2")),
+        "WikiText-2, sentences, 4 epochs": by_model(finished_runs("seeds")),
+        "the same, each tuned": by_model(finished_runs("tuned")),
+        f"the same, not tuned, dense, the best of {len(dense.get('qrnn', ()))} QRNNs": best_of_each(dense),
+        "Penn Treebank, stream, 15 epochs": by_model(finished_runs("ptb")),
+        "WikiText-2, stream, all words, 4 epochs": by_model(finished_runs("wikitext2")),
     }
     rows = []
     for label, models in comparisons.items():
-        if len(models) == len(NAMES):
+        seeds, *others = (len(models.get(name, ())) for name in NAMES)
+        if seeds and others == [seeds]:
             scores = [score(mine, split) for split in ("valid", "test") for mine in models.values()]
             last = "valid" if "not read" in scores else "test"
-            qrnn, lstm = (mean(model[f"{last}_perplexity"] for model in models[name]) for name in ("qrnn", "lstm"))
-            rows.append([label, *scores, f"{qrnn / lstm:.3f}"])
+            ratios = [ratio(models, quantity) for quantity in (f"{last}_perplexity", "tokens_per_second")]
+            rows.append([label, f"{seeds}", *scores, f"{ratios[0]:.3f}", f"{ratios[1]:.2f}"])
     header = [f"{name}, {split}" for split in ("validation", "test") for name in NAMES.values()]
-    return table(["perplexity", *header, "QRNN / LSTM"], rows)
+    return table(["perplexity", "seeds", *header, "QRNN / LSTM", "words a second, QRNN / LSTM"], rows)
 
 
-def best_of_each(runs: Row) -> dict[str, list[Row]]:
-    return {name: [min(mine, key=lambda model: model["valid_perplexity"])] for name, mine in by_model(runs).items()}
+def ratio(models: dict[str, list[Row]], quantity: str) -> float:
+    """Of the means of the QRNNs and of the LSTMs."""
+    return mean(model[quantity] for model in models["qrnn"]) / mean(model[quantity] for model in models["lstm"])
+
+
+def best_of_each(models: dict[str, list[Row]]) -> dict[str, list[Row]]:
+    return {name: [min(mine, key=lambda model: model["valid_perplexity"])] for name, mine in models.items()}
 
 
 def study_source(name: str, command: str, runs: Row) -> str:
-    """As `source`, from what the runs themselves say."""
+    """As `source`, from what the runs themselves say; older runs may have had other flags for the same settings."""
 
     def all_of(kind: Callable[[Row], str]) -> str:
         return " and ".join(sorted({kind(run) for run in runs.values()}))
 
-    commits = all_of(lambda run: run["commit"][:9])
+    starts = (start for run in runs.values() for start in (*run.get("earlier_starts", ()), run))
+    commits = " and ".join(sorted({start["commit"][:9] for start in starts}))
     where = all_of(lambda run: run["machine"]["gpu"] or f"{run['machine']['cpu']}, {run['machine']['threads']} core")
     versions = all_of(lambda run: f"torch {run['versions']['torch']}, Python {run['versions']['python']}")
-    return f"`results/{name}.json`: `{command}`, commit {commits}, {where} a run, {versions}."
+    return f"`results/{name}.json`, made anew by `{command}`: runs at commit {commits}, {where} a run, {versions}."
 
 
 def example(name: str, header: list[str], cells: Callable[[Row], list[str]]) -> str:
@@ -228,22 +237,6 @@ def translation() -> str:
     return f"{made} BLEU: {first['bleu_signature']}; chrF: {first['chrf_signature']}."
 
 
-def draw_comparison(name: str, path: Path) -> None:
-    """Validation perplexity of the models of a run against epochs and against minutes of training."""
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.3), sharey=True, layout="constrained")
-    for model in load(name)["models"]:
-        style = {"label": NAMES[model["model"]], **STYLES[model["model"]]}
-        draw_epochs(axes[0], model, **style)
-        minutes = [line["seconds"] / 60 for line in model["epochs"]]
-        axes[1].plot(minutes, [line["valid_perplexity"] for line in model["epochs"]], **style)
-    axes[0].set(ylabel="validation perplexity")
-    axes[1].set(xlabel="minutes of training, evaluation not counted")
-    axes[1].grid(alpha=0.25)
-    axes[1].legend(frameon=False)
-    figure.savefig(path, dpi=140)
-    plt.close(figure)
-
-
 def draw_epochs(axis: Axes, model: Row, **style: Any) -> None:
     """Validation perplexity against epochs."""
     lines = model["epochs"]
@@ -253,16 +246,18 @@ def draw_epochs(axis: Axes, model: Row, **style: Any) -> None:
     axis.grid(alpha=0.25)
 
 
-def draw_models(runs: Row, path: Path, named: bool = False) -> None:
-    """Validation perplexity of QRNNs and LSTMs against epochs, a line for each run.
-
-    named: the legend names each run; the line of a model is dotted if there was one before.
-    """
-    figure, axis = plt.subplots(figsize=(6, 3.5), layout="constrained")
-    for (label, run), first in zip(runs.items(), named_once(runs), strict=True):
+def draw_models(runs: Row, path: Path) -> None:
+    """Validation perplexity of QRNNs and LSTMs against epochs, a line for each run; and of the last epoch alone."""
+    figure, (axis, last) = plt.subplots(1, 2, figsize=(8, 3.5), width_ratios=(3, 1), layout="constrained")
+    for run, label in zip(runs.values(), named_once(runs), strict=True):
         (model,) = run["models"]
-        style = STYLES[model["model"]] | ({"linestyle": ":"} if named and first is None else {})
-        draw_epochs(axis, model, label=label if named else first, **style)
+        style = STYLES[model["model"]]
+        draw_epochs(axis, model, label=label, **style)
+        last.plot(NAMES[model["model"]], model["epochs"][-1]["valid_perplexity"], **style, alpha=0.7)
+    last.set(title="last epoch")
+    last.title.set_fontsize(10)
+    last.margins(x=0.5)
+    last.grid(alpha=0.25)
     axis.set(ylabel="validation perplexity", yscale="log")
     axis.yaxis.set_major_locator(LogLocator(subs=(1, 1.2, 1.5, 2, 3, 4, 5, 6, 7, 8, 9)))
     axis.yaxis.set_major_formatter("{x:,g}")
@@ -304,8 +299,12 @@ def draw_ablation(runs: Row, path: Path) -> None:
     axis.axvline(next(iter(runs.values()))["models"][0]["valid_perplexity"], color="0.6", linewidth=1, zorder=0)
     axis.set(
         xlabel="validation perplexity after one epoch; the line is at the first row",
+        xscale="log",
         yticks=range(len(runs)),
     )
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 1.2, 1.4, 1.6, 2, 2.5, 5)))
+    axis.xaxis.set_major_formatter("{x:,g}")
+    axis.xaxis.set_minor_formatter(NullFormatter())
     axis.set_yticklabels(runs, fontsize=9)
     axis.invert_yaxis()
     axis.grid(alpha=0.25)
@@ -599,7 +598,12 @@ def draw_scaling(content: Row, path: Path) -> None:
         for index, name in enumerate(name for name in names(rows) if name != "auto"):
             mine = [row for row in measured(rows, what=name) if value in row]
             x, y = [row["T"] for row in mine], [row[value] * scale / tokens for row in mine]
-            style = {"color": COLORS[index % 8], "marker": MARKERS[index % 8], "linestyle": "-" if index < 8 else "--"}
+            again = index // len(COLORS)  # the colours are used up: other markers, and dashes
+            style = {
+                "color": COLORS[index % 8],
+                "marker": MARKERS[(index + again) % 8],
+                "linestyle": ("-", "--")[again],
+            }
             axis.plot(x, y, label=name, markersize=5, **style)
         axis.set(title=f"{title},\n{rows[0]['H']} units", xlabel="T, B x T constant", ylabel=label)
         axis.set(xscale="log", yscale="log")
@@ -630,17 +634,14 @@ STUDIES: dict[str, Callable[[Row], str]] = {
     "wikitext2": partial(study, first="model", complete=True),
 }
 FIGURES: dict[str, tuple[Callable[[Row, Path], None], str]] = {
-    "seeds": (draw_models, "Validation perplexity of QRNN and LSTM against epochs, a line for each seed"),
+    "seeds": (
+        draw_models,
+        "Validation perplexity of QRNN and LSTM against epochs, a line for each seed, and of the last epoch",
+    ),
     "ablation": (draw_ablation, "Validation perplexity of each row of the table, as a point"),
     "numerics": (draw_numerics, "Validation perplexity against epochs of both ways to pool, for two lengths"),
-    "ptb": (
-        partial(draw_models, named=True),
-        "Validation perplexity of QRNN and LSTM on the Penn Treebank against epochs",
-    ),
-    "wikitext2": (
-        partial(draw_models, named=True),
-        "Validation perplexity of QRNN and LSTM on WikiText-2 against epochs",
-    ),
+    "ptb": (draw_models, "Validation perplexity of QRNN and LSTM on the Penn Treebank against epochs"),
+    "wikitext2": (draw_models, "Validation perplexity of QRNN and LSTM on WikiText-2 against epochs"),
 }
 BLOCKS = {
     **{name: partial(recorded, name, f"python studies.py {name}", made) for name, made in STUDIES.items()},
@@ -666,9 +667,7 @@ def render(text: str) -> str:
 
 
 if __name__ == "__main__":
-    README.write_text(render(README.read_text()))
     assets = README.parent / "assets"
-    draw_comparison("translation.json", assets / "translation.png")
     for name, (draw, _) in FIGURES.items():
         if runs := finished_runs(name):
             draw(runs, assets / f"{name}.png")
@@ -682,3 +681,4 @@ if __name__ == "__main__":
             for name, (draw, _) in DRAWINGS.items():
                 with contextlib.suppress(NotMeasured):
                     draw(Content(load(f"benchmark-{device}.json")), assets / f"{name}{suffix}.png")
+    write_file(README, render(README.read_text()))

@@ -36,7 +36,7 @@ def test_studies_are_shown_with_what_failed(tmp_path, monkeypatch):
     shown = module.recorded("x", "python x.py", module.STUDIES["ablation"])
     assert "| f, tanh, k = 2 | 325 |" in shown and "broken failed: exit code 1: no luck." in shown
     assert module.recorded("y", "python y.py", module.seeds) == "Not run yet: `python y.py --data DIR` does it."
-    run = {"config": {"lr": 0.01, "dropout": 0.2, "weight_decay": 0.001, "dense": False}}
+    run = {"config": {"epochs": 2, "lr": 0.01, "dropout": 0.2, "weight_decay": 0.001, "dense": False}}
     for name, perplexities in {"qrnn": (90.0, 92.0), "lstm": (95.0, 99.0)}.items():
         sizes = {"hidden": 8, "recurrent_parameters": 1000, "parameters": 2000}
         for seed, score in enumerate(perplexities):
@@ -44,7 +44,7 @@ def test_studies_are_shown_with_what_failed(tmp_path, monkeypatch):
             content["runs"][f"{name} {seed}"] = run | {"models": [model]}
     runs = {label: run for label, run in content["runs"].items() if label[-1] in "01" and label[0] in "ql"}
     assert "| QRNN | 8 | 1,000 / 2,000 | 2 | 91.00 ± 1.41 | 90.00 ± 1.41 |" in module.seeds(runs)
-    assert "| 0.01 | 0.20 | 0.001 | **92.00** | **99.00** |" in module.tuning(runs)
+    assert "| 0.01 | 0.20 | 0.001 | 2 | **92.00** | **99.00** |" in module.tuning(runs)
 
 
 def test_the_summary_says_who_is_ahead_and_by_how_much(tmp_path, monkeypatch):
@@ -53,7 +53,7 @@ def test_the_summary_says_who_is_ahead_and_by_how_much(tmp_path, monkeypatch):
 
     def write(name: str, dense: bool, **perplexities: list[tuple[float, float | None]]) -> None:
         models = [
-            {"model": model, "valid_perplexity": valid, "test_perplexity": test}
+            {"model": model, "valid_perplexity": valid, "test_perplexity": test, "tokens_per_second": valid}
             for model, scores in perplexities.items()
             for valid, test in scores
         ]
@@ -63,9 +63,11 @@ def test_the_summary_says_who_is_ahead_and_by_how_much(tmp_path, monkeypatch):
     write("seeds", False, qrnn=[(90.0, 80.0), (92.0, 82.0)], lstm=[(95.0, 90.0), (95.0, 90.0)])
     write("longer", True, qrnn=[(60.0, None), (55.0, None)], lstm=[(50.0, None)])
     write("ptb", False, qrnn=[(70.0, 60.0)])
-    *_, first, second = module.summary().splitlines()
-    assert first.endswith("| 91.00 ± 1.41 | 95.00 ± 0.00 | 81.00 ± 1.41 | 90.00 ± 0.00 | 0.900 |")
-    assert second.endswith("| 55.00 | 50.00 | not read | not read | 1.100 |")
+    write("tuned", False, qrnn=[(90.0, 80.0), (92.0, 82.0)], lstm=[(95.0, 90.0)])  # not yet as many of the other
+    *_, rule, first, second = module.summary().splitlines()
+    assert rule.startswith("| ---")
+    assert first.endswith("| 2 | 91.00 ± 1.41 | 95.00 ± 0.00 | 81.00 ± 1.41 | 90.00 ± 0.00 | 0.900 | 0.96 |")
+    assert second.endswith("best of 2 QRNNs | 1 | 55.00 | 50.00 | not read | not read | 1.100 | 1.10 |")
 
 
 def test_a_study_of_which_nothing_succeeded_is_shown(tmp_path, monkeypatch):
@@ -109,8 +111,16 @@ def test_every_result_says_where_it_comes_from(path):
     for key in ("command", "commit", "machine", "versions", "seed"):
         assert provenance[key] is not None, key
     runs = [run for run in content.get("runs", {}).values() if "error" not in run]
-    for origin in (provenance, *runs):
+    for origin in (provenance, *runs, *(start for run in runs for start in run.get("earlier_starts", ()))):
         assert origin["dirty"] is False, "made by code that was not committed"
+
+
+@pytest.mark.parametrize("study", [name for name in studies.STUDIES if (ROOT / "results" / f"{name}.json").exists()])
+def test_runs_on_record_have_the_settings_of_today_and_the_same_text(study):
+    runs, jobs = json.loads((ROOT / "results" / f"{study}.json").read_text())["runs"], studies.STUDIES[study]()
+    for label, run in runs.items():
+        assert run["identity"] == studies.identity(jobs[label], Path(run["corpus"]["name"])), "run it again"
+    assert len({run["corpus"]["sha256_of_words"] for run in runs.values()}) == 1
 
 
 def test_example_code_runs():
