@@ -641,7 +641,6 @@ FIGURES: dict[str, tuple[Callable[[Row, Path], None], str]] = {
     "ablation": (draw_ablation, "Validation perplexity of each row of the table, as a point"),
     "numerics": (draw_numerics, "Validation perplexity against epochs of both ways to pool, for two lengths"),
     "ptb": (draw_models, "Validation perplexity of QRNN and LSTM on the Penn Treebank against epochs"),
-    "wikitext2": (draw_models, "Validation perplexity of QRNN and LSTM on WikiText-2 against epochs"),
 }
 BLOCKS = {
     **{name: partial(recorded, name, f"python studies.py {name}", made) for name, made in STUDIES.items()},
