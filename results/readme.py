@@ -41,6 +41,9 @@ PAPER = {  # batch size -> times as fast as cuDNN's LSTM at each length, inferen
 LIMITS = {"copy": "gb_per_s", "matrix product": "gflop_per_s"}  # of the machine
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 MARKERS = "os^Dv<>x"
+CONTEXT_FIGURE = (
+    "By how many per cent the QRNN is behind the LSTM against the number of words known, after 3 and 15 epochs"
+)
 FIT = "training, mean over the last epoch, with dropout"
 Row = dict[str, Any]
 
@@ -200,6 +203,32 @@ def study_source(name: str, command: str, runs: Row) -> str:
     return f"`results/{name}.json`, made anew by `{command}`: runs at commit {commits}, {where} a run, {versions}."
 
 
+def context() -> str:
+    """A row for each number of words known: the perplexities of both models, and by how much the QRNN is ahead."""
+    if not (RESULTS / "context.json").exists():
+        return "Not measured yet: `python examples/context.py --data ptb` does it."
+    content = load("context.json")
+    studies, known = content["studies"].values(), content["known"]
+    header, rows = ["words known"], [spans(known)]
+    for study in studies:
+        header += [f"{study['epochs']} epochs: QRNN", "LSTM", "QRNN / LSTM"]
+        rows += [[f"{score:.1f}" for score in study[name]] for name in NAMES]
+        pairs = zip(study["ratio"], study["standard_error"], strict=True)
+        rows += [[f"{ratio:.3f} ± {error:.3f}" for ratio, error in pairs]]
+    return "\n\n".join(
+        [
+            table(header, list(map(list, zip(*rows, strict=True)))),
+            source("context.json", content),
+            f"![{CONTEXT_FIGURE}](assets/context.png)",
+        ]
+    )
+
+
+def spans(known: list[int]) -> list[str]:
+    """1, 2, 3-4, 5-8 ...: what stands for 1, 2, 4, 8 ... words known."""
+    return [str(most) if most < 3 else f"{most // 2 + 1}-{most}" for most in known]
+
+
 def example(name: str, header: list[str], cells: Callable[[Row], list[str]]) -> str:
     """The models of an example: what every run has, and what `cells` makes of a result."""
     content = load(name)
@@ -286,6 +315,23 @@ def draw_numerics(runs: Row, path: Path) -> None:
         axis.title.set_fontsize(10)
         axis.legend(frameon=False)
     axes[0, 0].set(ylabel="validation perplexity")
+    figure.savefig(path, dpi=140)
+    plt.close(figure)
+
+
+def draw_context(content: Row, path: Path) -> None:
+    """The ratio of the perplexities against the number of words known, a line for each length of training."""
+    figure, axis = plt.subplots(figsize=(7, 3.3), layout="constrained")
+    for index, study in enumerate(content["studies"].values()):
+        style = {"color": COLORS[index], "marker": MARKERS[index], "linestyle": ("--", "-")[index]}
+        percent = [100 * (ratio - 1) for ratio in study["ratio"]]
+        errors = [100 * error for error in study["standard_error"]]
+        axis.errorbar(range(len(percent)), percent, errors, capsize=3, label=f"after {study['epochs']} epochs", **style)
+    axis.axhline(0, color="0.6", linewidth=1, zorder=0)
+    axis.set(xlabel="words known before the one that is predicted", ylabel="QRNN behind the LSTM, %")
+    axis.set_xticks(range(len(content["known"])), spans(content["known"]))
+    axis.grid(alpha=0.25)
+    axis.legend(frameon=False)
     figure.savefig(path, dpi=140)
     plt.close(figure)
 
@@ -646,6 +692,7 @@ BLOCKS = {
     **{name: partial(recorded, name, f"python studies.py {name}", made) for name, made in STUDIES.items()},
     "summary": summary,
     "tuning": partial(recorded, "tuning", "python examples/tune.py --preset small --amp bf16", tuning),
+    "context": context,
     "sentiment": sentiment,
     "translation": translation,
     **{name: partial(block, name) for name in BENCHMARK},
@@ -670,6 +717,8 @@ if __name__ == "__main__":
     for name, (draw, _) in FIGURES.items():
         if runs := finished_runs(name):
             draw(runs, assets / f"{name}.png")
+    if (RESULTS / "context.json").exists():
+        draw_context(load("context.json"), assets / "context.png")
     sys.path.insert(0, str(RESULTS.parent / "examples"))
     from translation import draw_attention
 

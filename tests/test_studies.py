@@ -11,16 +11,20 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import closed_form
+import context
 import tune
 
 import qrnn_layer
 import studies
 from comparison import count_parameters, parse
 from experiment import build_model
+from language_model import LanguageModel
 from presets import PRESETS
+from qrnn import QRNN
 from qrnn_layer import pool
 from studies import STUDIES, Job, identity, main
 from synthetic import sample_sentences
@@ -179,6 +183,38 @@ def test_the_plain_closed_form_trains(data, tmp_path, monkeypatch, capsys):
     assert closed_form.main([*flags, "--name", "signed", "--activation", "tanh"]) == 2
     assert closed_form.main(flags) == 0 and (tmp_path / "runs" / "closed-form-demo-0").is_dir()
     assert "--activation tanh" in capsys.readouterr().err
+
+
+def test_every_number_of_known_words_is_asked_of_the_same_words(monkeypatch):
+    monkeypatch.setattr(context, "KNOWN", (1, 2, 4, 8))
+    monkeypatch.setattr(context, "BATCH", 20)
+    model = LanguageModel(QRNN(6, 6, batch_first=True), 6, vocabulary=11, embedding=6).eval()
+    words = torch.randint(11, (27,))
+    for known in context.KNOWN:
+        costs = context.losses(model, words, known)
+        assert len(costs) == 16  # from index 8 on; three are left, and a window of 8 scores four
+        for index, cost in enumerate(costs):
+            given = known // 2 + 1 + index % (known - known // 2)
+            logits, _ = model(words[None, 8 + index - given : 8 + index])
+            torch.testing.assert_close(cost, F.cross_entropy(logits[0, -1], words[8 + index]))
+
+
+def test_models_are_compared_by_the_words_they_know(data, away, monkeypatch, capsys):
+    monkeypatch.setattr(context, "RESULTS", away)
+    monkeypatch.setattr(context, "ROOT", away)
+    monkeypatch.setattr(context, "KNOWN", (1, 2, 4))
+    monkeypatch.setattr(context, "COMPARED", ("tiny",))
+    both = {name: Job(f"{TINY} --protocol stream --models {name}") for name in ("qrnn", "lstm")}
+    monkeypatch.setitem(STUDIES, "tiny", lambda: both)
+    assert context.main(["--data", str(data)]) == 2
+    assert "qrnn of tiny is not trained" in capsys.readouterr().err
+    assert context.main(["--data", str(data / "nowhere")]) == 2
+    assert "no folder" in capsys.readouterr().err
+    assert main(["tiny", "--data", str(data)]) == 0 and context.main(["--data", str(data)]) == 0
+    found = json.loads((away / "context.json").read_text())["studies"]["tiny"]
+    for qrnn, lstm, ratio in zip(found["qrnn"], found["lstm"], found["ratio"], strict=True):
+        assert ratio == pytest.approx(qrnn / lstm)
+    assert found["epochs"] == 1 and all(error > 0 for error in found["standard_error"])
 
 
 def test_tuning_gives_both_models_the_same_trials_and_leaves_test_alone(data, away):

@@ -1,0 +1,117 @@
+"""How much the models make of the words before: the perplexity of the same words, given only the last 1, 2, 4 ... 256.
+
+    python studies.py ptb --data ptb          # trains a QRNN and an LSTM for 15 epochs, and
+    python studies.py ptb_short --data ptb    # others for 3
+    python examples/context.py --data ptb     # a quarter of an hour; writes results/context.json
+
+The models read windows of the validation split, each from a state of zeros. The last half of a window is scored, so
+"16" stands for 9 to 16 words known, and the windows overlap by the first half, so each word is scored once.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import Tensor, nn
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, its own folder is all that Python sees
+from checkpoint import write_file
+from comparison import RUNS, exit_code, load_best, parse
+from corpora import build_vocabulary, encode, load_corpus
+from experiment import build_model
+from machine import provenance
+from presets import PRESETS
+from settings import InputError, Parser
+from studies import RESULTS, ROOT, STUDIES, finished, identity
+
+COMPARED = ("ptb_short", "ptb")
+KNOWN = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # words before the one that is predicted, at most
+BATCH = 4096  # words
+
+
+@torch.no_grad()
+def losses(model: nn.Module, words: Tensor, known: int) -> Tensor:
+    """What each word costs, given the `known` words before it, or fewer, but more than half as many.
+
+    Args:
+        model: in eval mode, a `LanguageModel`.
+        words: (N,), int64, at least 3/2 `KNOWN[-1]` of them.
+        known: one of `KNOWN`.
+
+    Returns:
+        negative log-likelihoods in nats, of the same words for every `known`: from the one with the index `KNOWN[-1]`
+        on, as many as fill windows of every length.
+    """
+    unscored, longest = known // 2, KNOWN[-1]
+    count = (len(words) - longest) // (longest // 2) * (longest // 2)
+    text = words[longest - unscored - 1 : longest + count]
+    windows = text.unfold(0, known + 1, known - unscored)  # (windows, known + 1)
+    costs = []
+    for rows in windows.split(max(1, BATCH // known)):
+        logits, _ = model(rows[:, :-1])
+        targets = rows[:, unscored + 1 :]
+        costs.append(F.cross_entropy(logits[:, unscored:].flatten(0, 1), targets.flatten(), reduction="none"))
+    return torch.cat(costs)
+
+
+def compare(study: str, data: Path) -> dict[str, Any]:
+    """The perplexities of the study's first QRNN and first LSTM, in the order of `KNOWN`, and the ratio of the two.
+
+    Raises:
+        InputError: a model is not trained.
+        CheckpointError: a model is trained, but its weights are gone.
+    """
+    costs: dict[str, list[Tensor]] = {}
+    for label, job in STUDIES[study]().items():
+        config, folder = parse(job.flags.split(), PRESETS), ROOT / RUNS / f"{study}-{identity(job, data)}"
+        (name,) = config.models
+        if name in costs:
+            continue
+        if not finished(folder / "results.json"):
+            raise InputError(f"{label} of {study} is not trained; run `python studies.py {study} --data DIR` first")
+        corpus = load_corpus(config.corpus, data)
+        tokenizer = build_vocabulary(corpus.train, config.vocabulary)
+        model = build_model(config, name, tokenizer.get_vocab_size())
+        load_best(folder / name, model, Accelerator(cpu=True))
+        words = torch.cat(encode(tokenizer, corpus.valid))
+        lengths = tqdm(KNOWN, desc=f"{study}, {name}", unit="length")
+        costs[name] = [losses(model.eval(), words, known).double() for known in lengths]
+    behind = [qrnn - lstm for qrnn, lstm in zip(costs["qrnn"], costs["lstm"], strict=True)]
+    return {
+        "epochs": config.epochs,
+        "words": len(behind[0]),
+        **{name: [math.exp(cost.mean()) for cost in mine] for name, mine in costs.items()},
+        "ratio": [math.exp(cost.mean()) for cost in behind],
+        "standard_error": [float(cost.std()) / math.sqrt(len(cost)) for cost in behind],  # of the ratio's logarithm
+    }
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The exit code: 0, 2 if a folder or a model is not there."""
+    parser = Parser(__doc__)
+    parser.add_argument("--data", type=Path, required=True, help="folder with the Penn Treebank")
+    options = parser.parse_args(arguments)
+
+    def command() -> int:
+        if not options.data.is_dir():
+            raise InputError(f"--data {options.data}: no folder; give the one with the corpus")
+        compared = {study: compare(study, options.data.resolve()) for study in COMPARED}
+        content = provenance(seed=0, device="cpu") | {"known": KNOWN, "studies": compared}
+        write_file(RESULTS / "context.json", json.dumps(content, indent=1) + "\n")
+        print("wrote results/context.json; `make results` brings it into the README")
+        return 0
+
+    return exit_code(command)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
