@@ -8,8 +8,8 @@ ablation   the QRNN with one thing changed, one epoch; 1 1/2 h
 longer     the most promising for four epochs, with and without dense connections; 1 1/4 h
 tuned      three seeds with the settings that examples/tune.py found; 1 h
 numerics   the plain closed form left to autograd beside `scan`; 1/4 h
-ptb        both models on the Penn Treebank as one stream, 15 epochs; 1 h
-ptb_short  the same with more forms of the QRNN, 3 epochs; 1/2 h
+ptb        both models on the Penn Treebank as one stream, 15 epochs, two learning rates; 2 h
+ptb_short  the same with more forms of the QRNN, 3 epochs; 1 h
 wikitext2  both models on WikiText-2 as one stream with all its words; 1 1/2 h
 
 --data is a folder with the files of WikiText-2, for numerics, ptb and ptb_short of the Penn Treebank.
@@ -160,7 +160,9 @@ def best_flags(model: str) -> str:
 def ptb() -> Jobs:
     """The Penn Treebank as one stream; the width gives the LSTM 256 units."""
     flags = f"{PTB} --epochs 15 --hidden 309 --models"
-    return {label: Job(f"{flags} {model}") for model, label in NAMES.items()}
+    jobs = {label: Job(f"{flags} {model}") for model, label in NAMES.items()}
+    faster = {f"{label}, learning rate 8e-3": Job(f"{job.flags} --lr 8e-3") for label, job in jobs.items()}
+    return jobs | faster
 
 
 def ptb_short() -> Jobs:
@@ -171,6 +173,8 @@ def ptb_short() -> Jobs:
         "QRNN, ifo": "qrnn --mode ifo --hidden 256",
         "QRNN, fo, three layers": "qrnn --hidden 238 --layers 3",
         "QRNN, fo, forget bias 2": "qrnn --hidden 309 --forget-bias 2",
+        "QRNN, fo, learning rate 8e-3": "qrnn --hidden 309 --lr 8e-3",
+        "LSTM, learning rate 8e-3": "lstm --hidden 309 --lr 8e-3",
     }
     return {label: Job(f"{PTB} --epochs 3 --no-test --models {model}") for label, model in models.items()}
 

@@ -2,7 +2,7 @@
 
     python studies.py ptb --data ptb          # trains a QRNN and an LSTM for 15 epochs, and
     python studies.py ptb_short --data ptb    # others for 3
-    python examples/context.py --data ptb     # a quarter of an hour; writes results/context.json
+    python examples/context.py --data ptb     # 20 minutes; writes results/context.json
 
 The models read windows of the validation split, each from a state of zeros. The last half of a window is scored, so
 "16" stands for 9 to 16 words known, and the windows overlap by the first half, so each word is scored once.
@@ -27,11 +27,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script,
 from checkpoint import write_file
 from comparison import RUNS, exit_code, load_best, parse
 from corpora import build_vocabulary, encode, load_corpus
-from experiment import build_model
+from experiment import build_model, evaluation_batches
+from language_model import next_word_loss
 from machine import provenance
 from presets import PRESETS
 from settings import InputError, Parser
 from studies import RESULTS, ROOT, STUDIES, finished, identity
+from training import evaluate, perplexity
 
 COMPARED = ("ptb_short", "ptb")
 KNOWN = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # words before the one that is predicted, at most
@@ -64,13 +66,15 @@ def losses(model: nn.Module, words: Tensor, known: int) -> Tensor:
 
 
 def compare(study: str, data: Path) -> dict[str, Any]:
-    """The perplexities of the study's first QRNN and first LSTM, in the order of `KNOWN`, and the ratio of the two.
+    """The perplexities of the study's first QRNN and first LSTM, in the order of `KNOWN`, and the ratio of the two; and
+    those of the whole training text, as in validation: without dropout, the state carried on.
 
     Raises:
         InputError: a model is not trained.
         CheckpointError: a model is trained, but its weights are gone.
     """
     costs: dict[str, list[Tensor]] = {}
+    fitted: dict[str, float] = {}
     for label, job in STUDIES[study]().items():
         config, folder = parse(job.flags.split(), PRESETS), ROOT / RUNS / f"{study}-{identity(job, data)}"
         (name,) = config.models
@@ -85,11 +89,14 @@ def compare(study: str, data: Path) -> dict[str, Any]:
         words = torch.cat(encode(tokenizer, corpus.valid))
         lengths = tqdm(KNOWN, desc=f"{study}, {name}", unit="length")
         costs[name] = [losses(model.eval(), words, known).double() for known in lengths]
+        batches = evaluation_batches(config, encode(tokenizer, corpus.train))
+        fitted[name] = perplexity(evaluate(model, next_word_loss, batches))
     behind = [qrnn - lstm for qrnn, lstm in zip(costs["qrnn"], costs["lstm"], strict=True)]
     return {
         "epochs": config.epochs,
         "words": len(behind[0]),
         **{name: [math.exp(cost.mean()) for cost in mine] for name, mine in costs.items()},
+        "training_text": fitted,
         "ratio": [math.exp(cost.mean()) for cost in behind],
         "standard_error": [float(cost.std()) / math.sqrt(len(cost)) for cost in behind],  # of the ratio's logarithm
     }

@@ -209,15 +209,17 @@ def context() -> str:
         return "Not measured yet: `python examples/context.py --data ptb` does it."
     content = load("context.json")
     studies, known = content["studies"].values(), content["known"]
-    header, rows = ["words known"], [spans(known)]
+    header, rows, fits = ["words known"], [spans(known)], ["training text, all words before"]
     for study in studies:
         header += [f"{study['epochs']} epochs: QRNN", "LSTM", "QRNN / LSTM"]
         rows += [[f"{score:.1f}" for score in study[name]] for name in NAMES]
         pairs = zip(study["ratio"], study["standard_error"], strict=True)
         rows += [[f"{ratio:.3f} ± {error:.3f}" for ratio, error in pairs]]
+        fitted = study["training_text"]
+        fits += [*(f"{fitted[name]:.1f}" for name in NAMES), f"{fitted['qrnn'] / fitted['lstm']:.3f}"]
     return "\n\n".join(
         [
-            table(header, list(map(list, zip(*rows, strict=True)))),
+            table(header, [*map(list, zip(*rows, strict=True)), fits]),
             source("context.json", content),
             f"![{CONTEXT_FIGURE}](assets/context.png)",
         ]

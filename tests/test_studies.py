@@ -214,6 +214,8 @@ def test_models_are_compared_by_the_words_they_know(data, away, monkeypatch, cap
     found = json.loads((away / "context.json").read_text())["studies"]["tiny"]
     for qrnn, lstm, ratio in zip(found["qrnn"], found["lstm"], found["ratio"], strict=True):
         assert ratio == pytest.approx(qrnn / lstm)
+    trained = json.loads((away / "tiny.json").read_text())["runs"]
+    assert all(1 < found["training_text"][name] < 1.5 * trained[name]["models"][0]["valid_perplexity"] for name in both)
     assert found["epochs"] == 1 and all(error > 0 for error in found["standard_error"])
 
 
