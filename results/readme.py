@@ -648,8 +648,8 @@ def draw_scaling(content: Row, path: Path) -> None:
             x, y = [row["T"] for row in mine], [row[value] * scale / tokens for row in mine]
             again = index // len(COLORS)  # the colours are used up: other markers, and dashes
             style = {
-                "color": COLORS[index % 8],
-                "marker": MARKERS[(index + again) % 8],
+                "color": COLORS[index % len(COLORS)],
+                "marker": MARKERS[(index + again) % len(MARKERS)],
                 "linestyle": ("-", "--")[again],
             }
             axis.plot(x, y, label=name, markersize=5, **style)
