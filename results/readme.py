@@ -140,8 +140,9 @@ def seeds(runs: Row) -> str:
     rows = []
     for name, mine in by_model(runs).items():
         sizes = [f"{mine[0]['hidden']}", f"{mine[0]['recurrent_parameters']:,} / {mine[0]['parameters']:,}"]
-        rows.append([NAMES[name], *sizes, f"{len(mine)}", score(mine, "valid"), score(mine, "test")])
-    header = ["model", "units", "parameters, recurrent / all", "seeds", "validation perplexity", "test perplexity"]
+        fit = score([model["epochs"][-1] for model in mine], "train")
+        rows.append([NAMES[name], *sizes, f"{len(mine)}", score(mine, "valid"), score(mine, "test"), fit])
+    header = ["model", "units", "parameters, recurrent / all", "seeds", "validation perplexity", "test perplexity", FIT]
     return table(header, rows)
 
 
@@ -151,9 +152,9 @@ def by_model(runs: Row) -> dict[str, list[Row]]:
     return {name: mine for name in NAMES if (mine := [model for model in models if model["model"] == name])}
 
 
-def score(models: list[Row], split: str) -> str:
+def score(results: list[Row], split: str) -> str:
     """Mean and standard deviation of the perplexities."""
-    values = [model[f"{split}_perplexity"] for model in models]
+    values = [result[f"{split}_perplexity"] for result in results]
     if None in values:
         return "not read"
     return f"{mean(values):.2f}" + (f" ± {stdev(values):.2f}" if len(values) > 1 else "")

@@ -41,9 +41,10 @@ def test_studies_are_shown_with_what_failed(tmp_path, monkeypatch):
         sizes = {"hidden": 8, "recurrent_parameters": 1000, "parameters": 2000}
         for seed, score in enumerate(perplexities):
             model = sizes | {"model": name, "valid_perplexity": score, "test_perplexity": score - 1}
+            model["epochs"] = [{"train_perplexity": 99.0}, {"train_perplexity": score + 1}]
             content["runs"][f"{name} {seed}"] = run | {"models": [model]}
     runs = {label: run for label, run in content["runs"].items() if label[-1] in "01" and label[0] in "ql"}
-    assert "| QRNN | 8 | 1,000 / 2,000 | 2 | 91.00 ± 1.41 | 90.00 ± 1.41 |" in module.seeds(runs)
+    assert "| QRNN | 8 | 1,000 / 2,000 | 2 | 91.00 ± 1.41 | 90.00 ± 1.41 | 92.00 ± 1.41 |" in module.seeds(runs)
     assert "| 0.01 | 0.20 | 0.001 | 2 | **92.00** | **99.00** |" in module.tuning(runs)
 
 
