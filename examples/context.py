@@ -4,8 +4,9 @@
     python studies.py ptb_short --data ptb    # others for 3
     python examples/context.py --data ptb     # 20 minutes; writes results/context.json
 
-The models read windows of the validation split, each from a state of zeros. The last half of a window is scored, so
-"16" stands for 9 to 16 words known, and the windows overlap by the first half, so each word is scored once.
+The models read windows of the validation split, each from a state of zeros. The last half of a window is scored (of a
+window of one word the one), so "16" stands for 9 to 16 words known, and the windows overlap by the first half, so each
+word is scored once. Beside it, how well each model fits the whole training text without dropout.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from corpora import build_vocabulary, encode, load_corpus
 from experiment import build_model, evaluation_batches
 from language_model import next_word_loss
 from machine import provenance
-from presets import PRESETS
+from presets import PRESETS, Config
 from settings import InputError, Parser
 from studies import RESULTS, ROOT, STUDIES, finished, identity
 from training import evaluate, perplexity
@@ -65,40 +66,54 @@ def losses(model: nn.Module, words: Tensor, known: int) -> Tensor:
     return torch.cat(costs)
 
 
-def compare(study: str, data: Path) -> dict[str, Any]:
-    """The perplexities of the study's first QRNN and first LSTM, in the order of `KNOWN`, and the ratio of the two; and
-    those of the whole training text, as in validation: without dropout, the state carried on.
+def trained(study: str, data: Path) -> dict[str, tuple[Config, Path]]:
+    """Settings and folder of the study's first QRNN and first LSTM.
 
     Raises:
-        InputError: a model is not trained.
+        InputError: one of them is not trained.
+    """
+    models: dict[str, tuple[Config, Path]] = {}
+    for label, job in STUDIES[study]().items():
+        config, folder = parse(job.flags.split(), PRESETS), ROOT / RUNS / f"{study}-{identity(job, data)}"
+        (name,) = config.models
+        if name in models:
+            continue
+        if not finished(folder / "results.json"):
+            raise InputError(f"{label} of {study} is not trained; run `python studies.py {study} --data DIR` first")
+        models[name] = config, folder / name
+    return models
+
+
+def compare(models: dict[str, tuple[Config, Path]], data: Path) -> dict[str, Any]:
+    """The perplexities of the QRNN and the LSTM in the order of `KNOWN`, and the ratio of the two; and those of the
+    whole training text, as in validation: without dropout, the state carried on.
+
+    Raises:
+        InputError: the validation split is too short.
         CheckpointError: a model is trained, but its weights are gone.
     """
     costs: dict[str, list[Tensor]] = {}
     fitted: dict[str, float] = {}
-    for label, job in STUDIES[study]().items():
-        config, folder = parse(job.flags.split(), PRESETS), ROOT / RUNS / f"{study}-{identity(job, data)}"
-        (name,) = config.models
-        if name in costs:
-            continue
-        if not finished(folder / "results.json"):
-            raise InputError(f"{label} of {study} is not trained; run `python studies.py {study} --data DIR` first")
+    for name, (config, folder) in models.items():
         corpus = load_corpus(config.corpus, data)
         tokenizer = build_vocabulary(corpus.train, config.vocabulary)
         model = build_model(config, name, tokenizer.get_vocab_size())
-        load_best(folder / name, model, Accelerator(cpu=True))
+        load_best(folder, model, Accelerator(cpu=True))
         words = torch.cat(encode(tokenizer, corpus.valid))
-        lengths = tqdm(KNOWN, desc=f"{study}, {name}", unit="length")
+        if len(words) < 1.5 * KNOWN[-1]:
+            raise InputError(f"--data {data}: {len(words)} words to validate on, {1.5 * KNOWN[-1]:.0f} expected")
+        lengths = tqdm(KNOWN, desc=f"{name}, {config.epochs} epochs", unit="length")
         costs[name] = [losses(model.eval(), words, known).double() for known in lengths]
         batches = evaluation_batches(config, encode(tokenizer, corpus.train))
         fitted[name] = perplexity(evaluate(model, next_word_loss, batches))
     behind = [qrnn - lstm for qrnn, lstm in zip(costs["qrnn"], costs["lstm"], strict=True)]
     return {
-        "epochs": config.epochs,
+        "epochs": models["qrnn"][0].epochs,
         "words": len(behind[0]),
         **{name: [math.exp(cost.mean()) for cost in mine] for name, mine in costs.items()},
         "training_text": fitted,
         "ratio": [math.exp(cost.mean()) for cost in behind],
-        "standard_error": [float(cost.std()) / math.sqrt(len(cost)) for cost in behind],  # of the ratio's logarithm
+        "standard_error": [float(cost.std()) / math.sqrt(len(cost)) for cost in behind],  # over words, of log ratio
     }
 
 
@@ -111,8 +126,10 @@ def main(arguments: Sequence[str]) -> int:
     def command() -> int:
         if not options.data.is_dir():
             raise InputError(f"--data {options.data}: no folder; give the one with the corpus")
-        compared = {study: compare(study, options.data.resolve()) for study in COMPARED}
-        content = provenance(seed=0, device="cpu") | {"known": KNOWN, "studies": compared}
+        origin, data = provenance(seed=0, device="cpu"), options.data.resolve()
+        pairs = {study: trained(study, data) for study in COMPARED}  # all of them, before any takes minutes
+        compared = {study: compare(models, data) for study, models in pairs.items()}
+        content = origin | {"known": KNOWN, "studies": compared}
         write_file(RESULTS / "context.json", json.dumps(content, indent=1) + "\n")
         print("wrote results/context.json; `make results` brings it into the README")
         return 0

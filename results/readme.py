@@ -205,7 +205,8 @@ def study_source(name: str, command: str, runs: Row) -> str:
 
 
 def context() -> str:
-    """A row for each number of words known: the perplexities of both models, and by how much the QRNN is ahead."""
+    """A row for each number of words known: the perplexities of both models and their ratio; the last row is of the
+    training text."""
     if not (RESULTS / "context.json").exists():
         return "Not measured yet: `python examples/context.py --data ptb` does it."
     content = load("context.json")

@@ -212,6 +212,9 @@ def test_models_are_compared_by_the_words_they_know(data, away, monkeypatch, cap
     assert "no folder" in capsys.readouterr().err
     assert main(["tiny", "--data", str(data)]) == 0 and context.main(["--data", str(data)]) == 0
     found = json.loads((away / "context.json").read_text())["studies"]["tiny"]
+    monkeypatch.setattr(context, "KNOWN", (1, 1000))
+    assert context.main(["--data", str(data)]) == 2
+    assert "1500 expected" in capsys.readouterr().err
     for qrnn, lstm, ratio in zip(found["qrnn"], found["lstm"], found["ratio"], strict=True):
         assert ratio == pytest.approx(qrnn / lstm)
     trained = json.loads((away / "tiny.json").read_text())["runs"]
