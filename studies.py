@@ -9,7 +9,7 @@ longer     the most promising for four epochs, with and without dense connection
 tuned      three seeds with the settings that examples/tune.py found; 1 h
 numerics   the plain closed form left to autograd beside `scan`; 1/4 h
 ptb        both models on the Penn Treebank as one stream, 15 epochs; 1 h
-ptb_short  the same with more forms of the QRNN, 3 epochs; 1 h
+ptb_short  the same with more forms of the QRNN, 3 epochs; 1/2 h
 wikitext2  both models on WikiText-2 as one stream with all its words; 1 1/2 h
 
 --data is a folder with the files of WikiText-2, for numerics, ptb and ptb_short of the Penn Treebank.

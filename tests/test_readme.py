@@ -105,6 +105,14 @@ def test_figures_are_drawn_also_of_a_part(name, tmp_path):
         (tmp_path / "x.png").unlink()
 
 
+def test_the_known_words_are_drawn_and_missing_ones_are_said(tmp_path, monkeypatch):
+    module = readme_module()
+    module.draw_context(json.loads((ROOT / "results" / "context.json").read_text()), tmp_path / "x.png")
+    assert (tmp_path / "x.png").stat().st_size > 5000
+    monkeypatch.setattr(module, "RESULTS", tmp_path)
+    assert module.context() == "Not measured yet: `python examples/context.py --data ptb` does it."
+
+
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.name)
 def test_every_result_says_where_it_comes_from(path):
     content = json.loads(path.read_text())
