@@ -53,6 +53,8 @@ class Comparison:
     The width stays, so there are more parameters."""
     kernel_size: int = 5
     """QRNN: how many words each step sees, itself and those before it."""
+    first_kernel_size: int | None = None
+    """QRNN: the same for the first layer alone. None: --kernel-size."""
     mode: Literal["f", "fo", "ifo"] = "fo"
     """QRNN: its gates: forget; forget and output; input, forget and output."""
     activation: Literal["softplus", "exp", "sigmoid", "relu", "tanh", "identity"] = "softplus"
@@ -88,6 +90,8 @@ class Config(RunConfig, Comparison):  # in --help the fields of the last base co
         for name in ("zoneout", "dropout", "dropout_embedding", "dropout_output"):
             check_range(name, getattr(self, name), low=0, high=1)
         check_range("forget_bias", self.forget_bias, low=-20, high=20)
+        if self.first_kernel_size is not None:
+            check_range("first_kernel_size", self.first_kernel_size, low=1)
         if self.vocabulary is not None:
             check_range("vocabulary", self.vocabulary, low=3)  # <eos>, <unk> and a word
 

@@ -255,6 +255,8 @@ def identity(job: Job, data: Path) -> str:
     """
     config = asdict(parse(job.flags.split(), PRESETS))
     settings = {name: value for name, value in config.items() if name not in (*FREE_TO_CHANGE, "preset")}
+    if settings["first_kernel_size"] is None:  # as in the runs on record, which had no such flag
+        del settings["first_kernel_size"]
     text = json.dumps([job.script, data.name, settings], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -191,6 +192,11 @@ def test_forget_bias_is_for_both_models():
             if key.endswith(".bias") or "bias_ih" in key:
                 expected[hidden : 2 * hidden] += 1
             torch.testing.assert_close(after[key], expected, rtol=0, atol=0, msg=f"{name} {key}")
+
+
+def test_the_first_layer_can_see_fewer_words():
+    config = replace(PRESETS["demo"], layers=3, first_kernel_size=1)
+    assert [layer.kernel_size for layer in build_qrnn(config, 8).layers] == [1, 2, 2]
 
 
 def test_no_match_keeps_the_width():
