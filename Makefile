@@ -13,14 +13,14 @@ lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-results: .venv/installed  ## bring results/*.json into the README
-	$(BIN)/python results/readme.py
+results: .venv/installed  ## bring research/results/*.json into the README
+	$(BIN)/python -m research.pages
 
 notebooks: .venv/installed  ## run both again in place; QRNN_DATA names the folder that holds wikitext-2/
 	$(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False derivation.ipynb data_prep.ipynb
 
 book: .venv/installed  ## both as pages that need no network, in build/book/
-	$(BIN)/python book.py derivation.ipynb data_prep.ipynb
+	$(BIN)/python -m docs.book derivation.ipynb data_prep.ipynb
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv

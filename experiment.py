@@ -14,7 +14,21 @@ from accelerate import Accelerator
 from tokenizers import Tokenizer
 from torch import nn
 
-from comparison import (
+from lab.corpora import (
+    Corpus,
+    SentenceBatches,
+    StreamBatches,
+    build_vocabulary,
+    encode,
+    length_filter,
+    load_corpus,
+    sentences,
+)
+from lab.dense_lstm import DenseLSTM
+from lab.language_model import LanguageModel, generate, next_word_loss
+from lab.presets import PRESETS, Config
+from lab.report import NAMES, Layout
+from lab.run import (
     FREE_TO_CHANGE,
     Task,
     count_parameters,
@@ -25,23 +39,9 @@ from comparison import (
     read_record,
     run,
 )
-from corpora import (
-    Corpus,
-    SentenceBatches,
-    StreamBatches,
-    build_vocabulary,
-    encode,
-    length_filter,
-    load_corpus,
-    sentences,
-)
-from dense_lstm import DenseLSTM
-from language_model import LanguageModel, generate, next_word_loss
-from presets import PRESETS, Config
+from lab.settings import InputError
+from lab.training import Batches, evaluate, perplexity
 from qrnn import QRNN
-from report import NAMES, Layout
-from settings import InputError
-from training import Batches, evaluate, perplexity
 
 SAMPLE_WORDS = 60
 EVALUATION_ROWS = 16  # sentences a batch: the longest ones set the memory that it takes

@@ -260,7 +260,7 @@ def pool(
             "scan": odd-even scan in linear space: 5e-6 for any T.
             "auto": "blocked" on CUDA, "scan" elsewhere and under `torch.use_deterministic_algorithms(True)`, because
             CUDA's `cumsum` is not deterministic. On a CPU `logcumsumexp` is a scalar loop, and "scan" the fastest:
-            `benchmark.py` measures it.
+            `python -m benchmarks` measures it.
         block_size: time steps a block, "blocked" only.
         check: also check values (a gate above 1, NaN, an infinite x), which makes a GPU wait. Unchecked, log_f > 0 is
             computed as it stands, as a recurrence that grows, and NaN and inf spread to later steps of their channel,

@@ -1,0 +1,1 @@
+"""Speed, memory and exactness: `python -m benchmarks --help`."""

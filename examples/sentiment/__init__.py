@@ -1,0 +1,1 @@
+"""Reviews, good or bad: `python -m examples.sentiment --help`."""

@@ -1,0 +1,249 @@
+"""Labelled reviews for `sentiment.py`: rt-polarity, IMDb, generated ones; folds, batches, ready-made word vectors."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from tokenizers.pre_tokenizers import BertPreTokenizer
+from torch import Tensor
+
+from lab.corpora import EOS_ID, IGNORE, CorpusError, SentenceBatches, fetch
+
+FOLDS = 10
+LABELS = ("negative", "positive")  # 0 and 1
+
+
+class Review(NamedTuple):
+    """Words and what they say: 1 is positive, 0 negative."""
+
+    words: list[str]
+    label: int
+
+
+class Reviews(NamedTuple):
+    """Three splits and where they came from; `best`: split -> the accuracy in % that cannot be beaten, where known."""
+
+    source: str
+    train: list[Review]
+    valid: list[Review]
+    test: list[Review]
+    best: dict[str, float] | None = None
+
+
+def load_reviews(corpus: str, data: Path | None, fold: int, seed: int) -> Reviews:
+    """Read, download (IMDb) or generate (synthetic) a corpus.
+
+    Args:
+        corpus: "imdb", "rt-polarity" or "synthetic".
+        data: its folder.
+        fold: of the 10, see `rt_polarity` and `imdb`.
+        seed: of the folds and of the generated sentences.
+
+    Raises:
+        CorpusError: it is not there, or not what it should be.
+    """
+    if data is not None and corpus == "synthetic":
+        raise CorpusError(f"{data}: given as data of the synthetic corpus, which is generated: leave it out")
+    if data is not None and not data.is_dir():
+        raise CorpusError(f"{data}: no such folder; expected one that holds the files of {corpus}")
+    if corpus == "imdb":
+        return imdb(data, fold, seed)
+    return rt_polarity(data, fold, seed) if corpus == "rt-polarity" else synthetic(seed)
+
+
+# --- the corpora -----------------------------------------------------------------------------------------------------
+
+
+def rt_polarity(folder: Path | None, fold: int, seed: int) -> Reviews:
+    """Sentences of film reviews, tokenised and lower-cased already (Pang and Lee 2005; "MR" in Kim 2014).
+
+    Fold `fold` is test, the next one validation, the other eight are for training.
+    """
+    if folder is None:
+        raise CorpusError("rt-polarity: no data given; give --data DIR with rt-polarity.pos and rt-polarity.neg")
+    reviews = []
+    for label, ending in enumerate(("neg", "pos")):
+        path = folder / f"rt-polarity.{ending}"
+        if not path.is_file():
+            raise CorpusError(f"{folder}: no {path.name} there; rt-polarity is rt-polarity.pos and rt-polarity.neg")
+        lines = path.read_bytes().decode("latin-1").split("\n")  # not splitlines: Latin-1's \x85 is no line break here
+        reviews += [Review(line.split(), label) for line in lines if line.strip()]
+    folds = stratified_folds(reviews, seed)
+    test, valid = folds.pop(fold), folds.pop(fold % len(folds))
+    return Reviews(f"folder {folder.resolve().name}, fold {fold}", list(chain(*folds)), valid, test)
+
+
+def imdb(folder: Path | None, fold: int, seed: int) -> Reviews:
+    """Whole film reviews (Maas et al. 2011) from the folder aclImdb, or from the Hugging Face hub if it is None.
+
+    Fold `fold` of the official training split is validation. Words are split at blanks and punctuation, case is kept.
+    """
+    raw = _download() if folder is None else {split: _read_folder(folder / split) for split in ("train", "test")}
+    split = BertPreTokenizer().pre_tokenize_str
+    texts = {
+        name: [Review([word for word, _ in split(text.replace("<br />", " "))], label) for text, label in rows]
+        for name, rows in raw.items()
+    }
+    folds = stratified_folds(texts["train"], seed)
+    valid = folds.pop(fold)
+    source = "download of stanfordnlp/imdb" if folder is None else f"folder {folder.resolve().name}"
+    return Reviews(f"{source}, validation on fold {fold} of train", list(chain(*folds)), valid, texts["test"])
+
+
+def _read_folder(folder: Path) -> list[tuple[str, int]]:
+    rows = []
+    for label, name in enumerate(("neg", "pos")):
+        paths = sorted((folder / name).glob("*.txt"))
+        if not paths:
+            raise CorpusError(f"{folder / name}: no reviews there; IMDb is the folder aclImdb, as it was unpacked")
+        rows += [(path.read_text(encoding="utf-8", errors="replace"), label) for path in paths]
+    return rows
+
+
+def _download() -> dict[str, list[tuple[str, int]]]:
+    try:
+        splits = fetch("stanfordnlp/imdb")
+    except Exception as error:  # whatever stops the download, the way out is the same
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise CorpusError(f"imdb: not downloaded ({reason}); give --data DIR with the folder aclImdb") from error
+    return {name: list(zip(splits[name]["text"], splits[name]["label"], strict=True)) for name in ("train", "test")}
+
+
+CUES = ([f"bad{i}" for i in range(10)], [f"good{i}" for i in range(10)])
+NEUTRAL = [f"word{i}" for i in range(60)]
+FLIPPED = 0.1  # probability that a label is the wrong one
+SIZES = {"train": 3000, "valid": 1000, "test": 1000}
+
+
+def synthetic(seed: int) -> Reviews:
+    """Sentences of neutral words with 3, 5 or 7 cue words anywhere among them; the label is that of most cues.
+
+    A tenth of the labels is wrong, at random, in all splits: nobody can know which, so that counting the cues is the
+    best that can be done, and its accuracy on each split is known.
+    """
+    rng = random.Random(f"reviews {seed}")
+    splits, best = [], {}
+    for name, size in SIZES.items():
+        pairs = [_cue_sentence(rng) for _ in range(size)]
+        splits.append([Review(words, label) for words, label, _ in pairs])
+        best[name] = 100 * sum(label == majority for _, label, majority in pairs) / size
+    return Reviews(f"generated, seed {seed}", *splits, best)
+
+
+def _cue_sentence(rng: random.Random) -> tuple[list[str], int, int]:
+    """Words, label, and what most cues say."""
+    cues = [rng.randrange(2) for _ in range(rng.choice((3, 5, 7)))]
+    words = [rng.choice(CUES[cue]) for cue in cues] + rng.choices(NEUTRAL, k=rng.randrange(5, 16))
+    rng.shuffle(words)
+    majority = int(2 * sum(cues) > len(cues))
+    return words, majority ^ (rng.random() < FLIPPED), majority
+
+
+def stratified_folds(reviews: list[Review], seed: int) -> list[list[Review]]:
+    """`FOLDS` parts of the reviews, each with its share of either label.
+
+    Raises:
+        CorpusError: fewer reviews of a label than folds.
+    """
+    rng = random.Random(f"folds {seed}")
+    folds: list[list[Review]] = [[] for _ in range(FOLDS)]
+    for label, name in enumerate(LABELS):
+        same = [review for review in reviews if review.label == label]
+        if len(same) < FOLDS:
+            raise CorpusError(f"only {len(same)} {name} reviews; at least {FOLDS} expected, one for each fold")
+        rng.shuffle(same)
+        for fold in range(FOLDS):
+            folds[fold] += same[fold::FOLDS]
+    return folds
+
+
+# --- batches ---------------------------------------------------------------------------------------------------------
+
+
+class Batch(NamedTuple):
+    """B reviews, padded on the right."""
+
+    words: Tensor  # (B, T) int64
+    lengths: Tensor  # (B,) int64: the first words[b, : lengths[b]] are real, EOS is the last of them
+    labels: Tensor  # (B,) int64, 0 or 1
+
+
+class ReviewBatches:
+    """Batches of reviews of similar length, in the order of `SentenceBatches`.
+
+    Args:
+        sequences: ids of the words and `EOS`, each (n,), int64, as `corpora.encode` returns them.
+        labels: one for each.
+        batch_size, seed, shuffle: see `SentenceBatches`.
+
+    Attributes:
+        tokens: the items that a loss is of, here reviews.
+        padding: fraction of all positions.
+    """
+
+    carry = False
+
+    def __init__(
+        self, sequences: list[Tensor], labels: list[int], batch_size: int, *, seed: int = 0, shuffle: bool = True
+    ) -> None:
+        # as if the label were the last word, which a language model has to predict
+        labelled = [torch.cat([ids, torch.tensor([label])]) for ids, label in zip(sequences, labels, strict=True)]
+        self.sentences = SentenceBatches(labelled, batch_size, seed=seed, shuffle=shuffle)
+        self.tokens = len(sequences)
+        self.padding = self.sentences.padding
+
+    def __len__(self) -> int:
+        return len(self.sentences)
+
+    def epoch(self, n: int) -> Iterator[Batch]:
+        """The batches of epoch n."""
+        for _, targets in self.sentences.epoch(n):  # (B, T + 1): words, EOS, label, then IGNORE
+            lengths = (targets != IGNORE).sum(1) - 1
+            labels = targets.take_along_dim(lengths.unsqueeze(1), dim=1).squeeze(1)
+            after = torch.arange(targets.shape[1]) >= lengths.unsqueeze(1)
+            yield Batch(targets.masked_fill(after, EOS_ID)[:, :-1], lengths, labels)
+
+
+# --- word vectors ----------------------------------------------------------------------------------------------------
+
+
+def read_vectors(path: Path, vocabulary: dict[str, int], width: int) -> dict[int, Tensor]:
+    """The ready-made vectors of the words that are known, from a text file as GloVe's: a word and its numbers a line.
+
+    A word that the file does not have takes the vector of its lower-case form, if there is one.
+
+    Returns:
+        id -> (width,), float32.
+
+    Raises:
+        CorpusError: no such file, not UTF-8, or a line that is not a word and `width` numbers.
+    """
+    wanted = vocabulary.keys() | {word.lower() for word in vocabulary}
+    found = {}
+    try:
+        with path.open(encoding="utf-8", newline="\n") as lines:
+            for number, line in enumerate(lines, start=1):
+                word, *numbers = line.rstrip().rsplit(" ", width)  # from the right: some words have blanks in them
+                if len(numbers) < width or (number == 1 and " " in word):  # the first line tells the width of the file
+                    raise CorpusError(f"{path}, line {number}: {line.count(' ')} numbers given, --embedding {width}")
+                if word in wanted:
+                    found[word] = _vector(numbers, f"{path}, line {number}")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CorpusError(f"{path}: cannot be read ({error.args[-1]})") from error
+    pairs = ((index, found.get(word, found.get(word.lower()))) for word, index in vocabulary.items())
+    return {index: vector for index, vector in pairs if vector is not None}
+
+
+def _vector(numbers: list[str], where: str) -> Tensor:
+    try:
+        vector = torch.tensor([float(number) for number in numbers])
+    except ValueError as error:
+        raise CorpusError(f"{where}: {error}") from None
+    if not vector.isfinite().all():
+        raise CorpusError(f"{where}: not all numbers are finite")
+    return vector

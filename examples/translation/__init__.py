@@ -1,0 +1,1 @@
+"""German to English, character by character: `python -m examples.translation --help`."""

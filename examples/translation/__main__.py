@@ -1,0 +1,392 @@
+"""QRNN against LSTM as character-level translators (paper, section 3.3): `python -m examples.translation --help`."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator, PartialState
+from matplotlib.figure import Figure
+from sacrebleu.metrics import BLEU, CHRF
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from examples.translation.config import PRESETS, Config
+from examples.translation.data import (
+    BOS,
+    EOS,
+    Batch,
+    Pair,
+    PairBatches,
+    ParallelText,
+    Vocabulary,
+    drop_long,
+    pad_sources,
+    read_parallel,
+    reversed_strings,
+)
+from examples.translation.lstm_seq2seq import LSTMSeq2Seq
+from lab.checkpoint import write_file
+from lab.corpora import IGNORE
+from lab.report import NAMES, Layout
+from lab.run import (
+    FREE_TO_CHANGE,
+    Task,
+    count_parameters,
+    exit_code,
+    load_best,
+    matched_width,
+    parse,
+    read_record,
+    run,
+)
+from lab.settings import InputError
+from lab.training import Carried, evaluate, perplexity
+from qrnn.search import Hypothesis, beam_search
+from qrnn.seq2seq import QRNNSeq2Seq
+
+EVALUATION_ROWS = 32  # pairs a batch
+HEAD_PAIRS = 4 * EVALUATION_ROWS  # of the validation split, to time evaluation on
+SEARCH_ROWS = 32  # sentences that are translated at a time
+SAMPLES = 5  # sentences of the validation split that the report shows
+
+
+# --- models ----------------------------------------------------------------------------------------------------------
+
+
+def build_qrnn(config: Config, hidden: int, vocabulary: int) -> QRNNSeq2Seq:
+    return QRNNSeq2Seq(
+        vocabulary,
+        vocabulary,
+        config.embedding,
+        hidden,
+        config.layers,
+        config.dropout,
+        kernel_size=config.kernel_size,
+        first_kernel_size=config.first_kernel_size,
+        causal_encoder=config.causal_encoder,
+        mode=config.mode,
+        zoneout=config.zoneout,
+        activation=config.activation,
+        method=config.method,
+    )
+
+
+def build_lstm(config: Config, hidden: int, vocabulary: int) -> LSTMSeq2Seq:
+    return LSTMSeq2Seq(vocabulary, vocabulary, config.embedding, hidden, config.layers, config.dropout)
+
+
+def build_model(config: Config, name: str, vocabulary: int) -> QRNNSeq2Seq | LSTMSeq2Seq:
+    """The translator "qrnn" or "lstm", initialised from the seed."""
+    hidden, build = config.hidden, {"qrnn": build_qrnn, "lstm": build_lstm}[name]
+    if name == "lstm" and config.match:
+        with torch.device("meta"):
+            target = count_parameters(recurrent_part(build_qrnn(config, hidden, vocabulary)))
+        hidden = matched_width(target, lambda width: recurrent_part(build_lstm(config, width, vocabulary)))
+    torch.manual_seed(config.seed)
+    model = build(config, hidden, vocabulary)
+    model.hidden = hidden
+    return model
+
+
+def recurrent_part(model: QRNNSeq2Seq | LSTMSeq2Seq) -> nn.ModuleList:
+    """All but the embeddings and the softmax."""
+    outside = (model.source_embedding, model.target_embedding, model.output)
+    return nn.ModuleList(child for child in model.children() if child not in outside)
+
+
+def next_character_loss(model: nn.Module, batch: Batch, carried: Carried) -> tuple[Tensor, Tensor, Carried]:
+    """The negative log-likelihoods of the targets, summed, in nats; how many they are; nothing. A `training.Step`."""
+    logits = model(batch.source, batch.source_lengths, batch.inputs)  # (B, T, V)
+    losses = F.cross_entropy(
+        logits.float().flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORE, reduction="none"
+    )  # (B*T,), 0 where padded
+    precise = torch.float32 if losses.device.type == "mps" else torch.float64  # MPS has no float64
+    return losses.sum(dtype=precise), (batch.targets != IGNORE).sum(), None
+
+
+# --- the task --------------------------------------------------------------------------------------------------------
+
+
+def prepare_text(config: Config) -> ParallelText:
+    """Raises InputError, CorpusError: no data, or not what it should be."""
+    if config.corpus == "reversed":
+        return reversed_strings(config.seed)
+    if config.data is None:
+        raise InputError(f"--data: give the folder with train.{config.source} and the others, or try --preset demo")
+    return read_parallel(config.data, config.source, config.target)
+
+
+def encode_source(config: Config, vocabulary: Vocabulary, text: str) -> Tensor:
+    """(S,) int64."""
+    return torch.tensor(vocabulary.encode(text[::-1] if config.reverse else text))
+
+
+class Translating(Task):
+    """Translate a sentence, character by character.
+
+    Args:
+        config: checked.
+
+    Raises:
+        InputError, CorpusError: the data is not there, or not what it should be.
+    """
+
+    step = staticmethod(next_character_loss)
+    hint = "That is long: it is meant for a GPU. --preset small takes about an hour on 2 CPU cores."
+
+    def __init__(self, config: Config) -> None:
+        self.config, self.text = config, prepare_text(config)
+        kept = drop_long(self.text.train, config.max_length)
+        self.vocabulary = Vocabulary.of(kept)
+        self.train = PairBatches(self.encode(kept), config.batch_size, seed=config.seed)
+        self.valid, self.test, self.head = (
+            PairBatches(self.encode(pairs), EVALUATION_ROWS, shuffle=False)
+            for pairs in (self.text.valid, self.text.test, self.text.valid[:HEAD_PAIRS])
+        )
+        lines = "\n".join(text for split in (kept, self.text.valid, self.text.test) for pair in split for text in pair)
+        self.fingerprint = {
+            "name": self.text.name,
+            "source": self.text.origin,
+            "sha256_of_lines": hashlib.sha256(lines.encode()).hexdigest(),
+            "vocabulary": len(self.vocabulary),
+            "padding": round(self.train.padding, 4),
+            "train_pairs": len(kept),
+            "dropped_pairs": len(self.text.train) - len(kept),
+            "valid_pairs": len(self.text.valid),
+            "test_pairs": len(self.text.test),
+        }
+        self.files = {"vocabulary.json": json.dumps(self.vocabulary.characters) + "\n"}
+        self.layout = layout(self.fingerprint, config)
+
+    def encode(self, pairs: list[Pair]) -> list[tuple[Tensor, Tensor]]:
+        return [
+            (
+                encode_source(self.config, self.vocabulary, pair.source),
+                torch.tensor([*self.vocabulary.encode(pair.target), EOS]),
+            )
+            for pair in pairs
+        ]
+
+    def build(self, name: str) -> QRNNSeq2Seq | LSTMSeq2Seq:
+        return build_model(self.config, name, len(self.vocabulary))
+
+    def recurrent(self, model: QRNNSeq2Seq | LSTMSeq2Seq) -> nn.ModuleList:
+        return recurrent_part(model)
+
+    def judge(self, model: QRNNSeq2Seq | LSTMSeq2Seq, valid_loss: float, test: bool) -> dict[str, Any]:
+        samples, found = self.text.valid[:SAMPLES], self.translate(model, self.text.valid[:SAMPLES])
+        shortest = min(range(len(samples)), key=lambda i: len(samples[i].source))
+        return {
+            "valid_perplexity": perplexity(valid_loss),
+            **(self.test_scores(model) if test else {}),
+            "samples": [
+                {"source": pair.source, "reference": pair.target, "translation": self.vocabulary.decode(best.tokens)}
+                for pair, best in zip(samples, found, strict=True)
+            ],
+            "attention": self.attention(samples[shortest].source, found[shortest]),
+        }
+
+    def test_scores(self, model: QRNNSeq2Seq | LSTMSeq2Seq) -> dict[str, Any]:
+        """What a finished model comes to on the test split."""
+        loss = evaluate(model, self.step, self.test)
+        started = time.perf_counter()
+        found = self.translate(model, self.text.test, progress=True)
+        seconds = time.perf_counter() - started
+        return {
+            "test_perplexity": perplexity(loss),
+            **scores([self.vocabulary.decode(best.tokens) for best in found], [pair.target for pair in self.text.test]),
+            "search_seconds": seconds,
+        }
+
+    def translate(self, model: nn.Module, pairs: list[Pair], progress: bool = False) -> list[Hypothesis]:
+        sources = [encode_source(self.config, self.vocabulary, pair.source) for pair in pairs]
+        return translate(self.config, model, sources, progress)
+
+    def attention(self, source: str, found: Hypothesis) -> dict[str, Any]:
+        """The weights of a sentence in per cent, as JSON values: a line for each character that was written."""
+        weights = found.attention.flip(1) if self.config.reverse else found.attention  # (n + 1, S)
+        rows = (100 * weights).round().int().tolist()
+        return {
+            "source": source,
+            "translation": self.vocabulary.decode(found.tokens),
+            "per_cent": [" ".join(map(str, row)) for row in rows],
+        }
+
+
+def translate(config: Config, model: nn.Module, sources: list[Tensor], progress: bool = False) -> list[Hypothesis]:
+    """The best translation of each source, (S_b,) int64, that a beam search finds."""
+    device = next(model.parameters()).device
+    order = sorted(range(len(sources)), key=lambda i: len(sources[i]), reverse=True)  # little padding
+    found: dict[int, Hypothesis] = {}
+    with tqdm(
+        total=len(sources),
+        desc="beam search",
+        unit="sentence",
+        mininterval=0.5 if sys.stderr.isatty() else 60,
+        disable=not (progress and PartialState().is_main_process),
+    ) as bar:
+        for first in range(0, len(order), SEARCH_ROWS):
+            rows = order[first : first + SEARCH_ROWS]
+            source, lengths = (part.to(device) for part in pad_sources(sources[i] for i in rows))
+            hypotheses = beam_search(
+                model,
+                source,
+                lengths,
+                bos=BOS,
+                eos=EOS,
+                beam_size=config.beam_size,
+                length_penalty=config.length_penalty,
+                max_length=2 * source.shape[1] + 10,
+            )
+            found |= dict(zip(rows, hypotheses, strict=True))
+            bar.update(len(rows))
+    return [found[i] for i in range(len(sources))]
+
+
+def scores(translations: list[str], references: list[str]) -> dict[str, Any]:
+    """BLEU and chrF of a whole split, with what sacrebleu needs to give the same again, and the part that is exact."""
+    found: dict[str, Any] = {}
+    for name, metric in (("bleu", BLEU()), ("chrf", CHRF())):
+        found[name] = metric.corpus_score(translations, [references]).score
+        found[f"{name}_signature"] = metric.get_signature().format()
+    equal = sum(one == other for one, other in zip(translations, references, strict=True))
+    return found | {"exact_match": equal / len(references)}
+
+
+# --- the report ------------------------------------------------------------------------------------------------------
+
+
+def layout(data: dict[str, Any], config: Config) -> Layout:
+    """How the report looks, given what is known of the data."""
+
+    def cell(key: str, form: str) -> Any:
+        return lambda result: format(result[key], form) if key in result else "not read"
+
+    generated = config.corpus == "reversed"  # a string is one word: nothing for BLEU to count
+    of_words = {"BLEU": cell("bleu", ".2f"), "chrF": cell("chrf", ".2f")}
+    return Layout(
+        unit="characters",
+        measure="perplexity",
+        convert=perplexity,
+        columns={
+            "validation perplexity": cell("valid_perplexity", ".3f"),
+            "test perplexity": cell("test_perplexity", ".3f"),
+            **({"exact match": cell("exact_match", ".1%")} if generated else of_words),
+        },
+        facts=[
+            "Perplexity is that of a target character, the end of the sentence counted, given the source and the "
+            "characters before it. The other scores are of the whole test split, translated by a beam search of size "
+            f"{config.beam_size} with length penalty {config.length_penalty:g}, at the epoch that was best on "
+            "validation.",
+            f"{data['train_pairs']:,} pairs to train on, {data['dropped_pairs']:,} longer than {config.max_length} "
+            f"characters left out; {data['valid_pairs']:,} pairs for validation and {data['test_pairs']:,} for test, "
+            f"none left out; {data['vocabulary']:,} characters, {100 * data['padding']:.1f} % padding.",
+        ],
+        sections=sections,
+    )
+
+
+def sections(results: list[dict[str, Any]], folder: Path) -> list[str]:
+    """The end of the report: how the scores were made, what the models write, and where they look."""
+    lines = []
+    for result in results:
+        if "bleu" in result:
+            lines += [
+                "",
+                f"{NAMES[result['model']]}: {result['bleu_signature']} (BLEU), {result['chrf_signature']} (chrF); "
+                f"the search took {result['search_seconds']:.0f} s.",
+            ]
+    lines += ["", "## Translations of the validation split"]
+    for same in zip(*(result["samples"] for result in results), strict=True):
+        lines += ["", "```text", f"source     {same[0]['source']}", f"reference  {same[0]['reference']}"]
+        lines += [
+            f"{NAMES[result['model']]:11}{sample['translation']}" for result, sample in zip(results, same, strict=True)
+        ]
+        lines += ["```"]
+    for result in results:
+        name = f"attention-{result['model']}.png"
+        write_file(folder / name, draw_attention(result["attention"]))
+        lines += ["", f"## Where the {NAMES[result['model']]} looks", "", f"![attention]({name})"]
+    return lines
+
+
+def draw_attention(attention: dict[str, Any]) -> bytes:
+    """A PNG: a row for each character that was written, from top to bottom, a column for each of the source."""
+    weights = [[int(number) for number in row.split()] for row in attention["per_cent"]]
+    size = 0.17  # inches a character
+    figure = Figure(figsize=(2 + size * len(weights[0]), 1 + size * len(weights)), layout="constrained")
+    axis = figure.subplots()
+    image = axis.imshow(weights, cmap="Blues", vmin=0, vmax=100, aspect="auto")
+    axis.set_xticks(range(len(weights[0])), map(visible, attention["source"]))
+    axis.set_yticks(range(len(weights)), [*map(visible, attention["translation"]), "end"])
+    axis.tick_params(length=0, labeltop=True, labelbottom=False)
+    axis.set(xlabel="source", ylabel="translation")
+    axis.xaxis.set_label_position("top")
+    figure.colorbar(image, label="attention, per cent", fraction=0.05, shrink=0.5)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    return buffer.getvalue()
+
+
+def visible(character: str) -> str:
+    """A blank as a sign that can be seen."""
+    return "\N{OPEN BOX}" if character == " " else character
+
+
+# --- translating -----------------------------------------------------------------------------------------------------
+
+
+def translate_sentence(config: Config, sentence: str) -> int:
+    """Print how the models of a run translate the sentence.
+
+    Raises:
+        InputError, CheckpointError: there is no such run, or nothing in it.
+    """
+    record, path = read_record(replace(config, resume=True)), config.folder / "vocabulary.json"
+    if record is None or not path.exists():
+        raise InputError(f"{config.folder} holds no run; train first, or give the --name or the --preset of one")
+    if not sentence:
+        raise InputError("--translate: a sentence expected")
+    trained = replace(config, **{key: record["config"][key] for key in record["config"] if key not in FREE_TO_CHANGE})
+    vocabulary = Vocabulary(json.loads(path.read_text()))
+    unknown = sorted(set(sentence) - set(vocabulary.characters))
+    if unknown:
+        print(f"not in the vocabulary, read as unknown: {' '.join(map(visible, unknown))}", file=sys.stderr)
+    source = encode_source(trained, vocabulary, sentence)
+    for name in trained.models:
+        model = build_model(trained, name, len(vocabulary))
+        epoch, loss = load_best(config.folder / name, model, Accelerator(cpu=True))
+        (best,) = translate(trained, model, [source])
+        print(f"{name} (epoch {epoch}, validation perplexity {perplexity(loss):.3f}):")
+        print(vocabulary.decode(best.tokens) + "\n")
+    return 0
+
+
+# --- the command line ------------------------------------------------------------------------------------------------
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The exit code: 0, 1 if the run failed, 2 if the input was wrong, 130 if it was interrupted."""
+
+    def command() -> int:
+        words = ["--preset=demo" if word == "--demo" else word for word in arguments]
+        config = parse(words, PRESETS)
+        if config.translate is not None:
+            return translate_sentence(config, config.translate)
+        return run(config, lambda _: Translating(config))
+
+    return exit_code(command)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

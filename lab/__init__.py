@@ -1,0 +1,1 @@
+"""What the experiments share: texts, models, training, reports. It is not installed."""

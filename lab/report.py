@@ -1,0 +1,213 @@
+"""The comparison: a table, the curves and a sample of each model, for people and as JSON."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.ticker import StrMethodFormatter
+
+from lab.checkpoint import write_file
+from lab.settings import Settings
+
+NAMES = {"qrnn": "QRNN", "lstm": "LSTM"}
+# dark blue and orange: told apart by the colour-blind, and in grey by lightness, dashes and markers
+STYLES: dict[str, dict[str, Any]] = {
+    "qrnn": {"color": "#0072B2", "linestyle": "-", "marker": "o"},
+    "lstm": {"color": "#E69F00", "linestyle": "--", "marker": "s"},
+}
+Result = dict[str, Any]  # of one model, as JSON values
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What the report of a task shows.
+
+    Attributes:
+        unit: of what is read in training, in the plural: "tokens".
+        measure: what a loss is shown as: "perplexity" or "loss".
+        convert: makes it of a loss.
+        columns: of the table, between the parameters and the speed: header -> text for the result of a model.
+        facts: paragraphs below the table.
+        sections: lines at the end of the report, from the results; files beside it go into the folder.
+        best_possible: column -> value, where it is known.
+    """
+
+    unit: str
+    measure: str
+    convert: Callable[[float], float]
+    columns: dict[str, Callable[[Result], str]]
+    facts: list[str]
+    sections: Callable[[list[Result], Path], list[str]]
+    best_possible: dict[str, float] = field(default_factory=dict)
+
+
+def write_report(
+    folder: Path,
+    config: Settings,
+    corpus: dict[str, Any],
+    layout: Layout,
+    results: list[Result],
+    interrupted: bool,
+    origin: dict[str, Any],
+) -> str:
+    """Write results.json, curves.png and report.md into the folder of the run.
+
+    Args:
+        corpus: what is known about it, as JSON values.
+        layout: of the task.
+        results: what came out of each model.
+        interrupted: whether the run was stopped before its end.
+        origin: the `provenance` of the run, from its start.
+
+    Returns:
+        the table, in Markdown.
+    """
+    logs = {result["model"]: read_log(folder / result["model"] / "metrics.jsonl") for result in results}
+    table = comparison_table(results, layout)
+    on_gpu = origin["machine"]["device"] == "cuda"
+    content = origin | {
+        "interrupted": interrupted,
+        "wall_seconds": sum(result["wall_seconds"] for result in results),
+        "config": {
+            name: value.name if isinstance(value, Path) else value  # folders are private
+            for name, value in asdict(config).items()
+            if name not in ("data", "resume", "generate")
+        },
+        "corpus": corpus,
+        "best_possible": layout.best_possible,
+        "peak_memory": "allocated on the GPU" if on_gpu else "of the whole process, data included",
+        "models": [result | {"epochs": epoch_curve(logs[result["model"]], layout)} for result in results],
+    }
+    write_file(folder / "results.json", json.dumps(content, indent=1) + "\n")
+    write_file(folder / "curves.png", draw_curves(logs, layout))
+    write_file(folder / "report.md", markdown(content, table, layout, layout.sections(results, folder)))
+    return table
+
+
+def read_log(path: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def epoch_curve(log: list[dict[str, float]], layout: Layout) -> list[dict[str, float]]:
+    return [
+        {
+            "epoch": line["epoch"],
+            f"train_{layout.measure}": layout.convert(line["train_loss"]),
+            f"valid_{layout.measure}": layout.convert(line["valid_loss"]),
+            "seconds": line["seconds"],
+        }
+        for line in log
+        if "valid_loss" in line
+    ]
+
+
+def comparison_table(results: list[Result], layout: Layout) -> str:
+    """The table in Markdown, its columns lined up so that it reads well in a terminal too."""
+    columns: dict[str, Callable[[Result], str]] = {
+        "model": model_cell,
+        "units": lambda result: f"{result['hidden']:,}",
+        "recurrent parameters": lambda result: f"{result['recurrent_parameters']:,}",
+        "parameters": lambda result: f"{result['parameters']:,}",
+        "best epoch": lambda result: f"{result['best_epoch']:.3g}",
+        **layout.columns,
+        f"{layout.unit}/s": lambda result: f"{result['tokens_per_second']:,.0f}",
+        "wall time": lambda result: describe_time(result["wall_seconds"]),
+        "peak memory": lambda result: f"{result['peak_memory_bytes'] / 2**20:,.0f} MiB",
+    }
+    rows = [list(columns), *([cell(result) for cell in columns.values()] for result in results)]
+    if layout.best_possible:
+        known = {"model": "best possible"} | {name: f"{value:.2f}" for name, value in layout.best_possible.items()}
+        rows.append([known.get(column, "") for column in columns])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    rows.insert(1, ["-" * width for width in widths])
+    lines = []
+    for row in rows:
+        first, *others = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        lines.append(f"| {' | '.join([first, *others])} |")
+    return "\n".join(lines)
+
+
+def model_cell(result: Result) -> str:
+    epoch = result["interrupted_at_epoch"]
+    return NAMES[result["model"]] + ("" if epoch is None else f" (stopped at epoch {epoch:.2f})")
+
+
+def describe_time(seconds: float) -> str:
+    """For example "45 s", "12 min" or "3 h 20 min"."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
+
+
+def markdown(content: dict[str, Any], table: str, layout: Layout, sections: list[str]) -> str:
+    """report.md."""
+    corpus, machine = content["corpus"], content["machine"]
+    lines = [f"# {' and '.join(NAMES[result['model']] for result in content['models'])} on {corpus['name']}", ""]
+    if content["interrupted"]:
+        lines += ["**Interrupted**: go on with `--resume`. The test split is read when a model is finished.", ""]
+    lines += [table, ""]
+    for paragraph in layout.facts:
+        lines += [paragraph, ""]
+    lines += [
+        f"{layout.unit.capitalize()}/s counts training steps alone, wall time evaluations and checkpoints too. Peak "
+        f"memory: {content['peak_memory']}. Seed {content['seed']}.",
+        "",
+        "![curves](curves.png)",
+        *sections,
+    ]
+    gpu = f", {machine['gpu']}" if machine["gpu"] else ""
+    versions = ", ".join(f"{name} {number}" for name, number in content["versions"].items())
+    starts = [*content["earlier_starts"], content]
+    commits = ", ".join(f"{start['commit']}{' with changes' if start['dirty'] else ''}" for start in starts)
+    lines += [
+        "",
+        "## Where it comes from",
+        "",
+        f"- `{content['command']}`",
+        f"- commit {commits}",
+        f"- {machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB{gpu}; {versions}",
+        f"- corpus: {corpus['source']}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def draw_curves(logs: dict[str, list[dict[str, float]]], layout: Layout) -> bytes:
+    """A PNG: the validation loss against epochs and seconds, learning rate and gradient norm against steps."""
+    figure, axes = plt.subplots(2, 2, figsize=(10, 7), layout="constrained")
+    validation = f"validation {layout.measure}"
+    panels: tuple[tuple[Axes, str, str, str, str], ...] = (
+        (axes[0, 0], "epoch", "epochs", "valid_loss", validation),
+        (axes[0, 1], "seconds", "seconds of training", "valid_loss", validation),
+        (axes[1, 0], "step", "steps", "learning_rate", "learning rate"),
+        (axes[1, 1], "step", "steps", "gradient_norm", "L2 norm of the gradient"),
+    )
+    for axis, x, x_label, y, y_label in panels:
+        for name, log in logs.items():
+            lines = [line for line in log if y in line]
+            values = [layout.convert(line[y]) if y == "valid_loss" else line[y] for line in lines]
+            style = STYLES[name] if y == "valid_loss" else STYLES[name] | {"marker": "", "linewidth": 1}
+            axis.plot([line[x] for line in lines], values, label=NAMES[name], **style)
+        if y == "valid_loss" and validation in layout.best_possible:
+            axis.axhline(layout.best_possible[validation], color="black", linestyle=":", label="best possible")
+        if y != "learning_rate":
+            axis.set_yscale("log")
+            axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+            axis.yaxis.set_minor_formatter(StrMethodFormatter("{x:g}"))
+        axis.set(xlabel=x_label, ylabel=y_label)
+        axis.grid(which="both", alpha=0.3)
+        axis.legend()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    plt.close(figure)
+    return buffer.getvalue()

@@ -1,0 +1,436 @@
+"""The training loop shared by all tasks: device, mixed precision, several processes, checkpoints, resuming, logs.
+
+It knows nothing of words. A task gives it a model, the batches and a `Step`, which says what a batch costs.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from lab.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from lab.provenance import peak_memory, reset_peak_memory
+from lab.settings import Settings
+
+LOG_LINES = 500  # lines of metrics.jsonl a run, about
+OPTIMIZERS = {
+    "adamw": partial(torch.optim.AdamW, fused=True),  # one pass over the weights, not one an operation
+    "adam": torch.optim.Adam,
+    "rmsprop": partial(torch.optim.RMSprop, alpha=0.9),
+    "sgd": torch.optim.SGD,
+}
+FLOOR_TOLERANCE = 1e-3  # nats: by chance a perfect model of a finite split lies this close to the exact entropy
+
+ADVICE = "the last good checkpoint is kept; a lower --lr or --clip may help, under another --name"
+
+Batch = tuple[Tensor, ...]  # each tensor has one row a sequence
+Carried = Tensor | tuple | None  # what a model remembers from one batch to the next, tuples nested as it likes
+# Step(model, batch, carried) -> sum of the losses, number of items they are of, what to carry
+Step = Callable[[nn.Module, Batch, Carried], tuple[Tensor, Tensor, Carried]]
+
+
+class Batches(Protocol):
+    """The batches of a split: `epoch(n)` must give the same ones whenever it is called with the same n."""
+
+    carry: bool  # whether rows continue from batch to batch, so that the model's state is carried
+    tokens: int  # items in an epoch
+
+    def __len__(self) -> int: ...
+
+    def epoch(self, n: int) -> Iterator[Batch]: ...
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message is one line, and the checkpoints are good."""
+
+
+class FutureLeakWarning(UserWarning):
+    """A model is better than possible."""
+
+
+@dataclass
+class Progress:
+    """How far the training of a model has come. All numbers are whole epochs, steps, items or seconds."""
+
+    step: int = 0
+    epoch: int = 0  # epochs completed
+    batch: int = 0  # batches done of the epoch that is running
+    items: int = 0
+    seconds: float = 0.0  # of training steps alone
+    wall_seconds: float = 0.0  # with evaluations and checkpoints
+    peak_memory: int = 0  # bytes, see `peak_memory`
+    best_loss: float = math.inf  # validation, nats an item
+    best_epoch: int = 0  # counted from 1
+    epoch_loss: float = 0.0  # sum over the running epoch
+    epoch_items: int = 0
+    window: list[tuple[float, float, float]] = field(default_factory=list)  # steps since the last line of the log
+    metrics_bytes: int = 0  # length of metrics.jsonl
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What training came to: `interrupted_loss` is the validation loss where it was stopped, None if it is finished."""
+
+    progress: Progress
+    interrupted_loss: float | None
+
+
+class StopSignal:
+    """Within `with`, Ctrl-C and SIGTERM ask for a stop after the step; a second one stops at once."""
+
+    def __enter__(self) -> StopSignal:
+        self.requested = False
+        self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: object) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+        print("\nstopping after this step, with a report; once more to stop at once", file=sys.stderr)
+
+
+def agree(accelerator: Accelerator, *wishes: bool) -> tuple[bool, ...]:
+    """What any process wishes, all do."""
+    if accelerator.num_processes == 1:
+        return wishes
+    votes = torch.tensor(wishes, dtype=torch.float32, device=accelerator.device)
+    return tuple(bool(vote) for vote in accelerator.reduce(votes, "sum"))
+
+
+class Trainer:
+    """Trains one model.
+
+    With several processes, each iterates over the same batches and takes its share of the rows, so that the result is
+    that of one process with the same batches.
+
+    Args:
+        model: moved to the device, and compiled there, in place.
+        step: what a batch costs.
+        batches: of the training split.
+        settings: checked already.
+        unit: of the items, in the plural, for the progress bar.
+    """
+
+    def __init__(self, model: nn.Module, step: Step, batches: Batches, settings: Settings, unit: str = "items") -> None:
+        self.accelerator = Accelerator(cpu=settings.device == "cpu")
+        self.device = self.accelerator.device
+        self.model = model.to(self.device)
+        if settings.compile:
+            self.model.compile()  # in place: the names in the state_dict stay
+        self.parallel_model = self.accelerator.prepare_model(self.model)
+        self.step, self.batches, self.settings, self.unit = step, batches, settings, unit
+        self.optimizer = OPTIMIZERS[settings.optimizer](
+            self.model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay
+        )
+        self.log_every = max(1, settings.epochs * len(batches) // LOG_LINES)
+        self.progress = Progress()
+        self.carried: Carried = None
+        self.unread: list[Tensor] = []  # one (3,) a step: sum of losses, items, gradient norm; reading stops a GPU
+        self._resume_clock()
+        torch.manual_seed(settings.seed + self.accelerator.process_index)
+
+    # --- one step ----------------------------------------------------------------------------------------------------
+
+    def update(self, batch: Batch) -> None:
+        """One step of the optimiser on the mean loss of an item of the whole batch, whoever computes it."""
+        learning_rate = self.settings.learning_rate(self.progress.step, len(self.batches))
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        rows, share = self._share(batch)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.amp == "bf16"):
+            loss, items, carried = self.step(self.parallel_model, rows, self.carried)
+        loss, items = loss * share, items * share
+        sums = self.accelerator.reduce(torch.stack([loss.detach().float(), items.float()]), "sum")
+        # gradients are averaged over the processes: times their number, that is a sum
+        self.accelerator.backward(loss * (self.accelerator.num_processes / sums[1]))
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.settings.clip or math.inf)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.carried = detached(carried) if self.batches.carry else None
+        self.unread.append(torch.stack([*sums, norm.detach().float()]))
+        self.progress.step += 1
+        self.progress.batch += 1
+
+    def _share(self, batch: Batch) -> tuple[Batch, int]:
+        """The rows of this process; where it has none, any row with the weight 0."""
+        rank, count = self.accelerator.process_index, self.accelerator.num_processes
+        share = int(rank < len(batch[0]))
+        rows = slice(rank, None, count) if share else slice(0, 1)
+        return to_device(type(batch)(*(tensor[rows] for tensor in batch)), self.device), share
+
+    # --- the whole training ------------------------------------------------------------------------------------------
+
+    def run(self, folder: Path, evaluate: Callable[[nn.Module], float], stop: StopSignal, label: str) -> Outcome:
+        """Train to the end, or on from the last checkpoint in the folder, or until asked to stop.
+
+        Args:
+            folder: of the model; metrics.jsonl and the checkpoints "last" and "best" are kept there.
+            evaluate: the model's mean validation loss of an item.
+            stop: looked at after each step; with several processes, at each line of the log.
+            label: of the progress bar.
+
+        Raises:
+            CheckpointError: no usable checkpoint.
+            OSError: the disk is full.
+            TrainingError: the loss is not finite.
+        """
+        self._log = folder / "metrics.jsonl"
+        if self.accelerator.is_main_process:
+            folder.mkdir(parents=True, exist_ok=True)
+        self.restore(folder)
+        reset_peak_memory(self.device)
+        with tqdm(
+            total=self.settings.epochs * len(self.batches),
+            initial=self.progress.step,
+            desc=label,
+            unit="step",
+            mininterval=0.5 if sys.stderr.isatty() else 60,
+            disable=not self.accelerator.is_main_process,
+        ) as self._bar:
+            return self._epochs(folder, evaluate, stop)
+
+    def _epochs(self, folder: Path, evaluate: Callable[[nn.Module], float], stop: StopSignal) -> Outcome:
+        progress = self.progress
+        self._resume_clock()
+        saved = time.perf_counter()
+        while progress.epoch < self.settings.epochs:
+            for batch in islice(self.batches.epoch(progress.epoch), progress.batch, None):
+                self.update(batch)
+                self._bar.update()
+                logging = progress.step % self.log_every == 0
+                if logging:
+                    self._log_window()
+                if logging or self.accelerator.num_processes == 1:
+                    due = logging and time.perf_counter() - saved > 60 * self.settings.checkpoint_minutes
+                    stopping, due = agree(self.accelerator, stop.requested, due)
+                    if stopping or due:
+                        self._save(folder)
+                        saved = time.perf_counter()
+                    if stopping:
+                        return Outcome(progress, interrupted_loss=evaluate(self.model))
+            self._end_epoch(folder, evaluate)
+            saved = time.perf_counter()
+        return Outcome(progress, interrupted_loss=None)
+
+    def _end_epoch(self, folder: Path, evaluate: Callable[[nn.Module], float]) -> None:
+        progress = self.progress
+        self.read_steps()
+        train_loss = progress.epoch_loss / progress.epoch_items
+        progress.epoch_loss, progress.epoch_items, progress.batch, self.carried = 0.0, 0, 0, None
+        progress.epoch += 1
+        valid_loss = evaluate(self.model)
+        if not math.isfinite(valid_loss):
+            raise TrainingError(f"stopped after epoch {progress.epoch}: validation loss {valid_loss:g}; {ADVICE}")
+        self._training_since = time.perf_counter()
+        self._write(epoch=progress.epoch, step=progress.step, train_loss=train_loss, valid_loss=valid_loss)
+        if valid_loss < progress.best_loss:
+            progress.best_loss, progress.best_epoch = valid_loss, progress.epoch
+            if self.accelerator.is_main_process:
+                best = {"epoch": progress.epoch, "valid_loss": valid_loss}
+                save_checkpoint(folder, "best", self.model.state_dict(), best)
+        self._save(folder)
+
+    # --- reading the losses, which is where a GPU has to wait --------------------------------------------------------
+
+    def read_steps(self) -> None:
+        """Bring the steps since the last time into `progress`, with the time they took.
+
+        Raises:
+            TrainingError: one of them was not finite. No checkpoint can have been written since.
+        """
+        progress = self.progress
+        steps = torch.stack(self.unread).tolist() if self.unread else []
+        self.unread = []
+        now = time.perf_counter()
+        progress.seconds += now - self._training_since
+        self._training_since = now
+        for age, (loss, items, norm) in enumerate(steps):
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                step = progress.step - len(steps) + age + 1
+                what = f"loss {loss / items:g}, gradient norm {norm:g}"
+                raise TrainingError(f"stopped at step {step}, epoch {progress.epoch + 1}: {what}; {ADVICE}")
+            progress.epoch_loss += loss
+            progress.epoch_items += int(items)
+            progress.items += int(items)
+            progress.window.append((loss, items, norm))
+
+    def _log_window(self) -> None:
+        """One line of metrics.jsonl on the steps since the line before."""
+        self.read_steps()
+        progress, window = self.progress, self.progress.window
+        loss = sum(loss for loss, _, _ in window) / sum(items for _, items, _ in window)
+        norm = sum(norm for _, _, norm in window) / len(window)
+        rate = self.settings.learning_rate(progress.step - 1, len(self.batches))
+        epoch = progress.step / len(self.batches)
+        self._write(step=progress.step, epoch=epoch, loss=loss, learning_rate=rate, gradient_norm=norm)
+        progress.window = []
+        speed = progress.items / progress.seconds
+        self._bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} {self.unit}/s", refresh=False)
+
+    def _write(self, **line: float) -> None:
+        if self.accelerator.is_main_process:
+            with open(self._log, "a") as log:
+                log.write(json.dumps(line | {"seconds": self.progress.seconds}) + "\n")
+
+    # --- checkpoints -------------------------------------------------------------------------------------------------
+
+    def _save(self, folder: Path) -> None:
+        self.read_steps()
+        progress = self.progress
+        if not all(bool(parameter.isfinite().all()) for parameter in self.model.parameters()):
+            raise TrainingError(f"stopped at step {progress.step}: weights are not finite; {ADVICE}")
+        progress.wall_seconds += time.perf_counter() - self._wall_since
+        progress.peak_memory = max(progress.peak_memory, peak_memory(self.device))
+        ranks = gather_object([{"generators": generator_states(self.device), "carried": moved(self.carried, "cpu")}])
+        if self.accelerator.is_main_process:
+            with open(self._log, "ab") as log:
+                os.fsync(log.fileno())  # the checkpoint counts on the lines before it
+                progress.metrics_bytes = log.tell()
+            state = {"progress": asdict(progress), "optimizer": self.optimizer.state_dict(), "ranks": ranks}
+            save_checkpoint(folder, "last", self.model.state_dict(), state)
+        self._resume_clock()
+
+    def _resume_clock(self) -> None:
+        self._training_since = self._wall_since = time.perf_counter()
+
+    def restore(self, folder: Path) -> None:
+        """Go on from the last checkpoint in the folder, if there is one.
+
+        Raises:
+            CheckpointError: all are damaged, or metrics.jsonl is shorter than it was.
+        """
+        with self.accelerator.main_process_first():
+            found = load_checkpoint(folder, "last")
+        if found is None:
+            self._cut_log()
+            return
+        weights, state, lines = found
+        for line in lines:
+            print(line, file=sys.stderr)
+        self.model.load_state_dict(weights)
+        self.optimizer.load_state_dict(state["optimizer"])
+        mine = state["ranks"][self.accelerator.process_index]
+        set_generator_states(mine["generators"])
+        self.carried = moved(mine["carried"], self.device)
+        self.progress = Progress(**state["progress"])
+        self._cut_log()
+
+    def _cut_log(self) -> None:
+        """Remove the lines that were written after the checkpoint: they will be written again."""
+        if not self.accelerator.is_main_process:
+            return
+        size = self._log.stat().st_size if self._log.exists() else 0
+        if size < self.progress.metrics_bytes:
+            raise CheckpointError(f"{self._log} is shorter than at the checkpoint; start again under another --name")
+        if size > self.progress.metrics_bytes:
+            os.truncate(self._log, self.progress.metrics_bytes)
+
+
+# --- evaluation ------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, step: Step, batches: Batches, floor: float | None = None) -> float:
+    """The mean loss of an item over a whole split, in nats, in eval mode; exp of it is the perplexity.
+
+    It does not depend on how the split is cut into batches: losses are summed in float64 and divided once.
+
+    Args:
+        floor: the lowest perplexity that is possible without seeing the future, if it is known.
+
+    Warns:
+        FutureLeakWarning: the model is better than that.
+    """
+    device = next(model.parameters()).device
+    total, count, carried, was_training = 0.0, 0, None, model.training
+    model.eval()
+    try:
+        for batch in batches.epoch(0):
+            loss, items, carried = step(model, to_device(batch, device), carried if batches.carry else None)
+            total, count = total + loss, count + items  # tensors: a GPU need not wait
+    finally:
+        model.train(was_training)
+    mean = float(total) / int(count)
+    if floor is not None and mean < math.log(floor) - FLOOR_TOLERANCE:
+        warnings.warn(
+            f"perplexity {math.exp(mean):.2f} is below {floor:.2f}, the best possible: the model sees the future",
+            FutureLeakWarning,
+            stacklevel=2,
+        )
+    return mean
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss), and infinity where that is too large for a float."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+def seconds_per_item(model: nn.Module, step: Step, batches: Batches, settings: Settings, steps: int = 4) -> float:
+    """Seconds that an item takes in training, from a few real steps, which change the model: give one to throw away."""
+    trainer = Trainer(model, step, batches, settings)
+    first, *rest = islice(batches.epoch(0), steps + 1)
+    trainer.update(first)  # slower than the others: memory, compilation
+    trainer.read_steps()
+    trainer.progress = Progress()
+    for batch in rest or [first]:
+        trainer.update(batch)
+    trainer.read_steps()
+    return trainer.progress.seconds / trainer.progress.items
+
+
+# --- tensors in tuples -----------------------------------------------------------------------------------------------
+
+
+def detached(carried: Carried) -> Carried:
+    """Without the history; every kind of tuple becomes a plain one, which a checkpoint can hold."""
+    if isinstance(carried, tuple):
+        return tuple(detached(part) for part in carried)
+    return None if carried is None else carried.detach()
+
+
+def moved(carried: Carried, device: torch.device | str) -> Carried:
+    """On the device."""
+    if isinstance(carried, tuple):
+        return tuple(moved(part, device) for part in carried)
+    return None if carried is None else carried.to(device)
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """A batch of the same type on the device."""
+    return type(batch)(*(tensor.to(device, non_blocking=True) for tensor in batch))
+
+
+def generator_states(device: torch.device) -> dict[str, Tensor]:
+    """The states of all random number generators that training on the device draws from."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type in ("cuda", "mps"):
+        states[device.type] = getattr(torch, device.type).get_rng_state()
+    return states
+
+
+def set_generator_states(states: dict[str, Tensor]) -> None:
+    """The inverse of `generator_states`."""
+    for name, state in states.items():
+        torch.set_rng_state(state) if name == "cpu" else getattr(torch, name).set_rng_state(state)

@@ -1,0 +1,162 @@
+"""Greedy and beam search for any model with the methods `start` and `step` of `QRNNSeq2Seq`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from qrnn_layer import check_size
+
+
+class SearchModel(Protocol):
+    """What a search needs of an nn.Module: `start` and `step` as in `QRNNSeq2Seq`, a state with `index_select`."""
+
+    def start(self, source: Tensor, source_lengths: Tensor) -> Any: ...
+
+    def step(self, tokens: Tensor, state: Any) -> tuple[Tensor, Any, Tensor | None]: ...
+
+
+class Hypothesis(NamedTuple):
+    """A target that was found, on the CPU.
+
+    Attributes:
+        tokens: (n,) int64, without bos and eos.
+        score: log-probability of the tokens and eos, over the length penalty.
+        attention: (n + 1, S_b), a row for each token and one for eos, over the real tokens of the source; None if
+            `step` gave none.
+    """
+
+    tokens: Tensor
+    score: float
+    attention: Tensor | None
+
+
+def greedy_search(
+    model: SearchModel, source: Tensor, source_lengths: Tensor, *, bos: int, eos: int, max_length: int
+) -> list[Hypothesis]:
+    """The likeliest token at each step: a beam search of size 1 without a penalty, see there."""
+    return beam_search(
+        model, source, source_lengths, bos=bos, eos=eos, beam_size=1, length_penalty=0.0, max_length=max_length
+    )
+
+
+def beam_search(
+    model: SearchModel,
+    source: Tensor,
+    source_lengths: Tensor,
+    *,
+    bos: int,
+    eos: int,
+    beam_size: int = 8,
+    length_penalty: float = 0.6,
+    max_length: int,
+) -> list[Hypothesis]:
+    """The best target of each source that a beam search finds, in evaluation mode and without gradients.
+
+    Hypotheses end where eos is among the `beam_size` best continuations of a sentence, and `beam_size` others go on.
+    Those that ended are ranked by their log-probability over the length penalty of Wu et al. 2016 (arXiv 1609.08144,
+    eq. 14), ((5 + length) / 6) ** length_penalty, where eos counts as a token. A sentence is finished, and leaves the
+    batch, when none that goes on could still become better than the best that ended.
+
+    Args:
+        model: any module with `start` and `step`; each step is one call for all hypotheses of all sentences.
+        source, source_lengths: a batch of B, for `model.start`.
+        bos, eos: tokens of the target.
+        beam_size: hypotheses a sentence that go on after each step.
+        length_penalty: alpha, at least 0; 0 ranks by the log-probability, more favours longer targets.
+        max_length: most tokens of a hypothesis, one number for the batch. After as many, eos is forced, and its
+            log-probability counts as that of any other.
+
+    Returns:
+        the best hypothesis of each of the B sentences.
+
+    Raises:
+        TypeError: a size that is no whole number.
+        ValueError: an argument out of range, or a model that gives no target a finite log-probability (NaN).
+    """
+    check_size("beam_size", beam_size)
+    check_size("max_length", max_length)
+    if not length_penalty >= 0:
+        raise ValueError(f"length_penalty: {length_penalty!r} given, a number of at least 0 expected")
+
+    def penalty(length: int) -> float:
+        return ((5 + length) / 6) ** length_penalty
+
+    with _evaluation(model):
+        state = model.start(source, source_lengths)
+        lengths = torch.as_tensor(source_lengths).tolist()
+        sentences = torch.arange(len(source), device=source.device)  # (N,), those not finished
+        state = state.index_select(sentences.repeat_interleave(beam_size))
+        prefixes = source.new_full((len(source) * beam_size, 1), bos)  # (N * beams, 1 + step)
+        trail = torch.zeros(len(prefixes), 0, source.shape[1], device=source.device)  # (N * beams, step, S), alpha
+        log_p = torch.zeros(len(source), beam_size, device=source.device)  # (N, beams), of the prefixes
+        log_p[:, 1:] = -torch.inf  # at first all are the same, and one is enough
+        best = log_p.new_full((len(source),), -torch.inf)  # (N,), of what is found
+        found: list[Hypothesis | None] = [None] * len(source)
+
+        for step in range(max_length + 1):
+            logits, state, attention = model.step(prefixes[:, -1], state)  # (N * beams, V)
+            if attention is not None:
+                trail = torch.cat([trail, attention.unsqueeze(1)], dim=1)
+            totals = log_p.unsqueeze(2) + _log_softmax(logits, eos, step == max_length).unflatten(0, log_p.shape)
+            top, rows, tokens = _continuations(totals, 2 * beam_size)  # (N, 2 * beams), best first
+            ended = tokens == eos  # half of them at most, one a prefix: `beam_size` others are left
+
+            score, place = (top.masked_fill(~ended, -torch.inf)[:, :beam_size] / penalty(step + 1)).max(dim=1)
+            for n in (score > best).nonzero().flatten().tolist():
+                sentence, row = int(sentences[n]), int(rows[n, place[n]])
+                seen = None if attention is None else trail[row, :, : lengths[sentence]].cpu()
+                found[sentence] = Hypothesis(prefixes[row, 1:].cpu(), score[n].item(), seen)
+            best = torch.maximum(best, score)
+
+            log_p, place = top.masked_fill(ended, -torch.inf).topk(beam_size)  # (N, beams)
+            # a log-probability only falls and the penalty only grows: no hypothesis can reach more than this
+            going_on = log_p[:, 0] / penalty(max_length + 1) > best
+            if not going_on.any():
+                break
+            sentences, best, log_p = sentences[going_on], best[going_on], log_p[going_on]
+            rows, tokens = (array.gather(1, place)[going_on].flatten() for array in (rows, tokens))  # (N * beams,)
+            prefixes = torch.cat([prefixes[rows], tokens.unsqueeze(1)], dim=1)
+            trail, state = trail[rows], state.index_select(rows)
+
+    if None in found:
+        raise ValueError(f"model: no target of finite probability for sentence {found.index(None)}: NaN parameters?")
+    return found
+
+
+@contextmanager
+def _evaluation(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode and no gradients; afterwards every module is in the mode that it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _log_softmax(logits: Tensor, eos: int, force_eos: bool) -> Tensor:
+    """Log-probabilities of the next token, (rows, V), at least float32; only that of eos with `force_eos`."""
+    vocabulary = logits.shape[1]
+    if not 0 <= eos < vocabulary:
+        raise ValueError(f"eos: {eos!r} given, a token from 0 to {vocabulary - 1} expected")
+    log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(dim=1)
+    others = torch.arange(vocabulary, device=logits.device) != eos
+    return log_p.masked_fill(others, -torch.inf) if force_eos else log_p
+
+
+def _continuations(totals: Tensor, number: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The best continuations of each sentence, from the log-probabilities (N, beams, V) of all.
+
+    Returns three (N, number), best first: log-probabilities, the rows of the prefixes, of N * beams, and the tokens.
+    """
+    sentences, beams, vocabulary = totals.shape
+    top, choice = totals.flatten(1).topk(number)
+    first_rows = torch.arange(0, sentences * beams, beams, device=totals.device).unsqueeze(1)  # (N, 1)
+    return top, first_rows + choice // vocabulary, choice % vocabulary

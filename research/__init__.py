@@ -1,0 +1,1 @@
+"""The record: what was run, what came out, and the pages that show it."""

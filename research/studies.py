@@ -1,0 +1,288 @@
+"""The runs behind the results: `python -m research.studies ablation --data wikitext-2` makes results/ablation.json.
+
+A study is a list of runs of experiment.py. They go two at a time, each on half of the cores. What is finished in runs/
+is not run again, what was stopped goes on; `make results` brings the file into the README.
+
+seeds      QRNN and LSTM with the settings of the preset small, three seeds; 1 h on 2 CPU cores
+ablation   the QRNN with one thing changed, one epoch; 1 1/2 h
+longer     the most promising for four epochs, with and without dense connections; 1 1/4 h
+tuned      three seeds with the settings that research/tune.py found; 1 h
+numerics   the plain closed form left to autograd beside `scan`; 1/4 h
+ptb        both models on the Penn Treebank as one stream, 15 epochs; 1 h
+ptb_short  the same with more forms of the QRNN, 3 epochs; 1/2 h
+wikitext2  both models on WikiText-2 as one stream with all its words; 1 1/2 h
+
+--data is a folder with the files of WikiText-2, for numerics, ptb and ptb_short of the Penn Treebank.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tqdm import tqdm
+
+from lab.checkpoint import write_file
+from lab.presets import PRESETS
+from lab.provenance import provenance
+from lab.report import NAMES
+from lab.run import FREE_TO_CHANGE, RUNS, exit_code, parse
+from lab.settings import InputError, Parser
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "research" / "results"
+JOBS = 2  # runs at a time
+BF16 = " --amp bf16"
+SMALL = f"--preset small{BF16}"
+SHORT = f"{SMALL} --epochs 1 --no-test --models"
+SEEDED = tuple(product(range(3), ("qrnn", "lstm")))
+STREAM = "--protocol stream --vocabulary None"
+DROPOUT = "--dropout {0} --dropout-embedding {0} --dropout-output {0}"  # the same in all three places
+STREAMED = f"{SMALL} {STREAM} --embedding 256 --batch-size 20 --bptt 70"  # as published numbers have it
+PTB = f"{STREAMED} --corpus ptb --lr 4e-3 {DROPOUT.format(0.4)}"
+
+
+class Job(NamedTuple):
+    """A run: its flags, and what to run."""
+
+    flags: str
+    module: str = "experiment"
+
+
+Jobs = dict[str, Job]  # by what the README calls them
+
+
+# --- the studies -----------------------------------------------------------------------------------------------------
+
+
+def ablation() -> Jobs:
+    """The widths give each QRNN as many recurrent parameters as the first has, within 1 %."""
+    f, fo, ifo = (f"{SHORT} qrnn --mode {mode}" for mode in ("f", "fo", "ifo"))
+    lstm = f"{SHORT} lstm"
+    return {
+        "f, tanh, k = 2": Job(f"{f} --hidden 325"),
+        "f, tanh, k = 2, seed 1": Job(f"{f} --hidden 325 --seed 1"),
+        "LSTM": Job(lstm),
+        "LSTM, seed 1": Job(f"{lstm} --seed 1"),
+        "fo": Job(f"{fo} --hidden 251"),
+        "fo, seed 1": Job(f"{fo} --hidden 251 --seed 1"),
+        "ifo": Job(f"{ifo} --hidden 208"),
+        "ifo, seed 1": Job(f"{ifo} --hidden 208 --seed 1"),
+        "ifo, k = 1": Job(f"{ifo} --hidden 325 --kernel-size 1"),
+        "f, softplus": Job(f"{f} --hidden 325 --activation softplus"),
+        "f, no dropout on outputs": Job(f"{f} --hidden 325 --dropout 0 --dropout-output 0"),
+        "f, softplus, no dropout on outputs": Job(
+            f"{f} --hidden 325 --activation softplus --dropout 0 --dropout-output 0"
+        ),
+        "fo, softplus": Job(f"{fo} --hidden 251 --activation softplus"),
+        "f, exp": Job(f"{f} --hidden 325 --activation exp"),
+        "f, k = 1": Job(f"{f} --hidden 493 --kernel-size 1"),
+        "f, k = 3": Job(f"{f} --hidden 251 --kernel-size 3"),
+        "f, k = 5": Job(f"{f} --hidden 179 --kernel-size 5"),
+        "f, in float32": Job(f"{f} --hidden 325".replace(BF16, "")),
+        "LSTM, in float32": Job(lstm.replace(BF16, "")),
+        "f, zoneout 0.1": Job(f"{f} --hidden 325 --zoneout 0.1"),
+        "f, zoneout 0.3": Job(f"{f} --hidden 325 --zoneout 0.3"),
+        "f, dense": Job(f"{SHORT} qrnn --dense --mode f --hidden 257"),
+        "LSTM, dense": Job(f"{SHORT} lstm --dense --mode f --hidden 257"),
+        "f, forget bias 1": Job(f"{f} --hidden 325 --forget-bias 1"),
+        "LSTM, forget bias 1": Job(f"{lstm} --forget-bias 1"),
+        "f, method blocked": Job(f"{f} --hidden 325 --method blocked"),
+        "f, method log": Job(f"{f} --hidden 325 --method log"),
+    }
+
+
+def longer() -> Jobs:
+    """What one epoch leaves open: the best of the ablation for the four epochs of the preset."""
+    models = {
+        "QRNN, f": "qrnn --mode f --hidden 325",
+        "QRNN, fo": "qrnn --mode fo --hidden 251",
+        "LSTM": "lstm",
+        "QRNN, f, dense": "qrnn --dense --mode f --hidden 257",
+        "QRNN, fo, dense": "qrnn --dense --mode fo --hidden 190",
+        "QRNN, ifo, dense": "qrnn --dense --mode ifo --hidden 152",
+        "LSTM, dense": "lstm --dense --mode f --hidden 257",
+    }
+    return {label: Job(f"{SMALL} --no-test --models {flags}") for label, flags in models.items()}
+
+
+def numerics() -> Jobs:
+    """The derived backward pass and the closed form left to autograd, in float32, on long pieces of text."""
+    model = "--models qrnn --mode fo --activation softplus --embedding 128 --hidden 128 --epochs 3"
+    jobs = {}
+    for length, rows in ((256, 16), (1024, 4)):
+        flags = f"--preset small {STREAM} --corpus ptb {model} --bptt {length} --batch-size {rows}"
+        jobs[f"T = {length}, scan"] = Job(f"{flags} --method scan")
+        jobs[f"T = {length}, closed form, autograd"] = Job(flags, "research.closed_form")
+    return jobs
+
+
+def seeds() -> Jobs:
+    """Both models of the preset, its settings the same for both."""
+    return {f"{NAMES[model]}, seed {seed}": Job(f"{SMALL} --models {model} --seed {seed}") for seed, model in SEEDED}
+
+
+def tuned() -> Jobs:
+    """The same with the settings that were best for each in results/tuning.json."""
+    return {
+        f"{NAMES[model]}, seed {seed}": Job(f"{SMALL} --models {model} --seed {seed} {best_flags(model)}")
+        for seed, model in SEEDED
+    }
+
+
+def best_flags(model: str) -> str:
+    """The flags of the trial that was best on validation; raises InputError: the models do not have the same trials."""
+    path = RESULTS / "tuning.json"
+    runs = json.loads(path.read_text())["runs"].values() if path.exists() else ()
+    names = ("lr", "dropout", "dropout_embedding", "dropout_output", "weight_decay")
+    trials: dict[str, dict[tuple[float, ...], float]] = {name: {} for name in NAMES}  # flags -> perplexity
+    for run in runs:
+        config = run.get("config", {})  # none where it failed
+        if config.get("preset") == "small":
+            (result,) = run["models"]
+            trials[result["model"]][tuple(config[name] for name in names)] = result["valid_perplexity"]
+    tried = [set(mine) for mine in trials.values()]
+    if not all(tried) or tried[0] != tried[1]:
+        raise InputError(f"{path.name} lacks the same trials of both models; run research/tune.py --preset small first")
+    best = min(trials[model], key=trials[model].__getitem__)
+    return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in zip(names, best, strict=True))
+
+
+def ptb() -> Jobs:
+    """The Penn Treebank as one stream; the width gives the LSTM 256 units."""
+    flags = f"{PTB} --epochs 15 --hidden 309 --models"
+    return {label: Job(f"{flags} {model}") for model, label in NAMES.items()}
+
+
+def ptb_short() -> Jobs:
+    """What does well in three epochs of it."""
+    models = {
+        "QRNN, fo": "qrnn --hidden 309",
+        "LSTM": "lstm --hidden 309",
+        "QRNN, ifo": "qrnn --mode ifo --hidden 256",
+        "QRNN, fo, three layers": "qrnn --hidden 238 --layers 3",
+        "QRNN, fo, forget bias 2": "qrnn --hidden 309 --forget-bias 2",
+        "QRNN, fo, learning rate 8e-3": "qrnn --hidden 309 --lr 8e-3",
+        "LSTM, learning rate 8e-3": "lstm --hidden 309 --lr 8e-3",
+    }
+    return {label: Job(f"{PTB} --epochs 3 --no-test --models {model}") for label, model in models.items()}
+
+
+def wikitext2() -> Jobs:
+    """WikiText-2 as one stream, with all its words: beside a softmax over so many, wider layers cost little time."""
+    flags = f"{STREAMED} --corpus wikitext-2 --hidden 512 --epochs 4 --lr 3e-3 {DROPOUT.format(0.3)}"
+    return {label: Job(f"{flags} --models {model}") for model, label in NAMES.items()}
+
+
+STUDIES: dict[str, Callable[[], Jobs]] = {
+    study.__name__: study for study in (seeds, ablation, longer, tuned, numerics, ptb, ptb_short, wikitext2)
+}
+
+
+# --- how they are carried out ----------------------------------------------------------------------------------------
+
+
+def carry_out(study: str, jobs: Jobs, data: Path) -> int:
+    """Run what is not finished yet and write results/STUDY.json after each run that succeeded.
+
+    What is on record of a job stays until a run of it succeeds, if it was made with the settings of today.
+
+    Returns:
+        the exit code: 0, 1 if a run failed, 130 if it was interrupted.
+
+    Raises:
+        InputError: the data is not there, or a flag of a job is wrong; nothing has run.
+    """
+    if not data.is_dir():
+        raise InputError(f"--data {data}: no folder; give the one with the corpus")
+    data, identities = data.resolve(), {label: identity(job, data) for label, job in jobs.items()}
+    origin, path, failed = provenance(seed=0, device="cpu"), RESULTS / f"{study}.json", {}
+    before = json.loads(path.read_text())["runs"] if path.exists() else {}
+    done = {label: run for label, run in before.items() if run.get("identity") == identities.get(label)}
+    with ThreadPoolExecutor(JOBS) as pool:
+        futures = {pool.submit(perform, f"{study}-{identities[label]}", jobs[label], data): label for label in jobs}
+        try:
+            for future in tqdm(as_completed(futures), total=len(jobs), desc=study, unit="run"):
+                label, content = futures[future], future.result()
+                if "error" in content:
+                    failed[label] = content["error"]
+                if "error" not in content or "error" in done.get(label, content):
+                    done[label] = {"identity": identities[label], **content}
+                runs = {label: done[label] for label in jobs if label in done}
+                write_file(path, json.dumps(origin | {"runs": runs}, indent=1) + "\n")
+        except KeyboardInterrupt:  # which the runs got too
+            print("stopped; the same command goes on", file=sys.stderr)
+            return 130
+        finally:
+            pool.shutdown(cancel_futures=True)
+    for label, error in failed.items():
+        print(f"{label}: {error}")
+    print(f"wrote results/{study}.json; `make results` brings it into the README")
+    return 1 if failed else 0
+
+
+def perform(name: str, job: Job, data: Path) -> dict[str, Any]:
+    """What came out: the content of the run's results.json, or {"error": a line}."""
+    path = ROOT / RUNS / name / "results.json"
+    if not finished(path):
+        (ROOT / RUNS).mkdir(exist_ok=True)
+        with open(ROOT / RUNS / f"{name}.log", "a+") as log:
+            threads = max(1, (os.cpu_count() or 1) // JOBS)
+            environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+            command = [
+                sys.executable,
+                "-m",
+                job.module,
+                *job.flags.split(),
+                "--data",
+                str(data),
+                "--name",
+                name,
+                "--resume",
+            ]
+            code = subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=log).returncode
+            if code:
+                log.seek(0)
+                (last,) = log.read().strip().splitlines()[-1:] or [""]
+                return {"error": f"exit code {code}: {last}"}
+    return json.loads(path.read_text())
+
+
+def identity(job: Job, data: Path) -> str:
+    """Eight digits that stand for the settings, also where the flags leave them to a preset.
+
+    Raises:
+        InputError: a wrong flag.
+    """
+    config = asdict(parse(job.flags.split(), PRESETS))
+    settings = {name: value for name, value in config.items() if name not in (*FREE_TO_CHANGE, "preset")}
+    if settings["first_kernel_size"] is None:  # as in the runs on record, which had no such flag
+        del settings["first_kernel_size"]
+    text = json.dumps([job.module, data.name, settings], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def finished(path: Path) -> bool:
+    return path.exists() and not json.loads(path.read_text())["interrupted"]
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The exit code, see `carry_out`; 2 if the input was wrong."""
+    parser = Parser(__doc__)
+    parser.add_argument("study", choices=STUDIES)
+    parser.add_argument("--data", type=Path, required=True, help="folder with the corpus")
+    options = parser.parse_args(arguments)
+    return exit_code(lambda: carry_out(options.study, STUDIES[options.study](), options.data))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,74 @@
+"""Tune both models alike: quasi-random trials of learning rate, dropout and weight decay, judged by validation alone.
+
+    python -m research.tune --data wikitext-2 --trials 6 --preset small --amp bf16
+
+Each model gets the same trials; the first has the learning rate, the dropout and the weight decay of the preset and the
+flags. Learning rate (1e-3 to 1.6e-2) and weight decay (1e-4 to 0.1) are drawn in logarithms, dropout (0 to 0.5) is the
+same in all three places, also in the first. All flags of
+experiment.py can be given; without --preset it starts from girrbach, which is for a GPU. The results are in
+results/tuning.json; the test split is not evaluated. Called again, it goes on.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import optuna
+
+from lab.presets import PRESETS, Config
+from lab.run import exit_code, parse
+from lab.settings import Parser, check_range
+from research.studies import Job, Jobs, carry_out
+
+SPACE = {
+    "lr": optuna.distributions.FloatDistribution(1e-3, 1.6e-2, log=True),
+    "dropout": optuna.distributions.FloatDistribution(0.0, 0.5),  # in all three places
+    "weight_decay": optuna.distributions.FloatDistribution(1e-4, 1e-1, log=True),
+}
+
+
+def trials(config: Config, count: int) -> list[dict[str, float]]:
+    """The values of each trial; they depend on the seed alone, so that all models get the same.
+
+    Drawn from a scrambled Sobol sequence, whose first few points lie further apart than independent ones.
+    """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        sampler = optuna.samplers.QMCSampler(qmc_type="sobol", scramble=True, seed=config.seed)
+    study = optuna.create_study(sampler=sampler)
+    preset = {name: getattr(config, name) for name in SPACE}
+    # the value counts for nothing: the sampler reads the space from a finished trial
+    study.add_trial(optuna.trial.create_trial(params=preset, distributions=SPACE, value=0.0))
+    return [preset, *(study.ask(SPACE).params for _ in range(count - 1))]
+
+
+def search(flags: Sequence[str], data: Path, count: int) -> int:
+    """The exit code of `studies.carry_out`; raises InputError: a wrong flag."""
+    config = parse(flags, PRESETS)
+    check_range("trials", count, low=1)
+    for name, space in SPACE.items():
+        check_range(name, getattr(config, name), low=space.low, high=space.high)  # what is searched
+    jobs: Jobs = {}
+    for number, values in enumerate(trials(config, count)):
+        dropouts = " ".join(f"--{name} {values['dropout']}" for name in ("dropout-embedding", "dropout-output"))
+        own = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in values.items())
+        for model in config.models:
+            jobs[f"{model}, trial {number}"] = Job(f"{' '.join(flags)} --no-test --models {model} {own} {dropouts}")
+    return carry_out("tuning", jobs, data)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The exit code: 0, 1 if a run failed, 2 if the input was wrong, 130 if it was interrupted."""
+    parser = Parser(__doc__)
+    parser.add_argument("--data", type=Path, required=True, help="folder with the corpus")
+    parser.add_argument("--trials", type=int, default=8, help="of each model (8)")
+    options, flags = parser.parse_known_args(arguments)
+    return exit_code(lambda: search(flags, options.data, options.trials))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,332 @@
+"""The benchmark measures what it says, on sizes that take no time; how long anything took is not looked at."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import __main__ as benchmark
+from benchmarks import peers
+from benchmarks.__main__ import (
+    STACKED,
+    TABLES,
+    TRAINING,
+    Grid,
+    Plan,
+    gates,
+    layer_call,
+    main,
+    parse,
+    pool_call,
+    try_way,
+)
+from benchmarks.instruments import LEAST, MOST, interleaved, peak_mib, speed_rows, time_shares
+from benchmarks.peers import LOOPS, PEERS, WAYS, Missing, Peer
+from lab.presets import PRESETS
+from research import pages
+
+ROOT = Path(__file__).parents[2]
+SHAPE = (2, 8, 4)
+TINY = Plan(
+    precision_lengths=(8,),
+    precision_biases=(0.0,),
+    pool_shapes=(SHAPE, (1, 16, 4)),
+    longest_loop=8,
+    paper_grids=(Grid(320, (8, 16), (4,), ("inference", TRAINING)),),
+    grids=(
+        Grid(640, (1, 2), (4,), ("inference", TRAINING), memory=True),
+        Grid(640, (1,), (4,), (STACKED,)),
+    ),
+    presets=tuple(
+        replace(PRESETS[name], vocabulary=20, embedding=8, hidden=8, batch_size=2) for name in ("girrbach", "small")
+    ),
+    scaling_shapes=(SHAPE, (1, 16, 4), (4, 8, 4)),
+    roofline_shape=SHAPE,
+    matrix_size=16,
+    profile_shape=SHAPE,
+    processes=(1,),
+    process_flags="--preset demo --epochs 1 --models qrnn --embedding 4 --hidden 4 --batch-size 256",
+)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Where a run of the whole command left its file; memory is not measured, for that takes a process each time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(benchmark, "peak_mib", lambda *_, **__: 1.5)
+        patch.setitem(
+            PEERS, "a peer", Peer(lambda: __import__("no_such_module").scan, "no-such-package", cuda_only=False)
+        )
+        patch.setattr(sys, "argv", ["benchmarks", "--budget", "0"])
+        folder = tmp_path_factory.mktemp("results")
+        assert main(["--device", "cpu", "--budget", "0"], TINY, folder) == 0
+    return folder
+
+
+@pytest.fixture
+def content(folder):
+    return json.loads((folder / "benchmark-cpu.json").read_text())
+
+
+@pytest.fixture
+def readme(content, monkeypatch):
+    """The pages, for the tiny sizes."""
+    monkeypatch.setattr(pages, "POOLING_SHAPE", SHAPE)
+    monkeypatch.setattr(pages, "REFERENCE_LENGTH", 8)
+    monkeypatch.setattr(pages, "LONG", 16)
+    monkeypatch.setattr(pages, "PAPER_LENGTHS", (4,))
+    monkeypatch.setattr(pages, "PAPER", {8: (5.5,), 16: (6.6,)})
+    return pages
+
+
+# --- the file --------------------------------------------------------------------------------------------------------
+
+
+def test_the_file_holds_every_table_and_where_it_comes_from(content):
+    assert set(content) == {"provenance", *TABLES}
+    origin = content["provenance"]
+    assert origin["command"].endswith(" --budget 0")
+    assert (origin["seed"], origin["budget_s"], origin["machine"]["device"]) == (0, 0.0, "cpu")
+    assert set(origin["peers"]) >= {"mambapy", "accelerated-scan", "flash-linear-attention"}
+
+
+def test_every_time_has_its_spread_and_its_rounds(content):
+    for table in ("pooling", "layer", "scaling", "experiment", "roofline"):
+        rows = [row for row in content[table] if "skipped" not in row]
+        assert rows
+        for row in rows:
+            assert 0 < row["ms_q1"] <= row["ms"] <= row["ms_q3"], (table, row)
+            assert row["rounds"] == LEAST
+
+
+@pytest.mark.parametrize("shape", TINY.pool_shapes)
+def test_every_way_to_pool_is_measured_or_skipped_with_a_reason(content, shape):
+    rows = [row for row in content["pooling"] if (row["B"], row["T"], row["H"]) == shape]
+    skipped = {row["what"]: row["skipped"] for row in rows if "skipped" in row}
+    measured = {row["what"] for row in rows if "skipped" not in row}
+    assert measured | set(skipped) == {*WAYS, *PEERS, "a peer"}
+    assert not measured & set(skipped)
+    assert skipped["a peer"].startswith("not installed: ") and "no_such_module" in skipped["a peer"]
+    assert skipped["fla chunk_hgrn"] == "runs on CUDA only"
+    assert set(LOOPS) <= (measured if shape[1] <= TINY.longest_loop else set(skipped))
+    for part in ("forward", "forward + backward"):
+        assert {row["what"] for row in rows if row.get("part") == part} == measured
+
+
+def test_layers_are_compared_in_every_cell(content):
+    cells = {}
+    for row in (*content["layer"], *content["paper"]):
+        cells.setdefault((row["H"], row["B"], row["T"], row["part"]), set()).add(row["what"])
+        with_memory = row["H"] == 640 and row["part"] != STACKED and row["what"] != "GRU"
+        assert ("mib" in row) == with_memory
+    assert set(cells) == {
+        (grid.width, batch, time, part)
+        for grid in (*TINY.grids, *TINY.paper_grids)
+        for batch in grid.batches
+        for time in grid.lengths
+        for part in grid.parts
+    }
+    assert all(names == {"QRNN", "LSTM", "GRU"} for names in cells.values())
+
+
+def test_the_whole_plan_has_the_cells_that_are_published(readme):
+    plan = benchmark.PLAN
+    assert len(plan.paper_grids[0].batches) * len(plan.paper_grids[0].lengths) == 30
+    assert (32, 128, 640) in plan.pool_shapes
+    growing = {shape[1] for shape in plan.pool_shapes if shape[0] * shape[1] == 65_536}
+    assert (
+        growing == {shape[1] for shape in plan.scaling_shapes if shape[0] * shape[1] == 65_536} >= {32, 16_384, 65_536}
+    )
+
+
+def test_models_of_the_experiment_are_matched(content):
+    rows = {(row["preset"], row["what"]): row for row in content["experiment"]}
+    assert set(rows) == {(preset, name) for preset in ("girrbach", "small") for name in ("qrnn", "lstm")}
+    for row in rows.values():
+        assert row["tokens_per_s"] == pytest.approx(2 * benchmark.SENTENCE / (1e-3 * row["ms"]))
+
+
+def test_shares_of_the_profile_are_of_one_whole(content):
+    shares = {row["what"]: row["share"] for row in content["profile"]}
+    assert set(shares) == {"matrix products", "gates, activations and pooling", "copies"}
+    assert sum(shares.values()) == pytest.approx(1)
+
+
+def test_rates_of_the_roofline_follow_from_its_times(content):
+    rows = {row["what"]: row for row in content["roofline"]}
+    states = SHAPE[0] * SHAPE[1] * SHAPE[2]
+    assert rows["copy"]["gb_per_s"] == pytest.approx(2 * 4 * 4 * states / (1e-3 * rows["copy"]["ms"]) / 1e9)
+    product = rows["matrix product"]
+    assert product["gflop_per_s"] == pytest.approx(2 * TINY.matrix_size**3 / (1e-3 * product["ms"]) / 1e9)
+
+
+# --- the README's blocks ---------------------------------------------------------------------------------------------
+
+
+def test_ratios_are_of_the_same_run(content, readme):
+    times = {(row["H"], row["B"], row["part"], row["what"]): row["ms"] for row in content["paper"]}
+    ratios = [times[320, 8, part, "LSTM"] / times[320, 8, part, "QRNN"] for part in ("inference", TRAINING)]
+    assert f"| 8 | 5.5 / {ratios[0]:.1f} / {ratios[1]:.1f} |" in readme.paper_grid(content)
+
+
+def test_every_block_is_made_from_the_file(content, readme):
+    blocks = {name: block(content) for name, block in readme.BENCHMARK.items()}
+    assert "Not measured, runs on CUDA only: " in blocks["pooling speed"]
+    assert "a peer" in blocks["pooling speed"]
+    assert "Time a token at T = 16 over that at T = 8: pooling " in blocks["layer growth"]
+    assert "--budget 0`" in blocks["benchmark source"]
+    assert not any("nan" in block for block in blocks.values())
+
+
+def test_plots_are_drawn(content, readme, tmp_path):
+    for name, (draw, _) in readme.DRAWINGS.items():
+        draw(content, tmp_path / f"{name}.png")
+        assert (tmp_path / f"{name}.png").stat().st_size > 10_000
+
+
+def test_without_a_gpu_the_readme_says_so(readme, monkeypatch, tmp_path):
+    monkeypatch.setattr(readme, "RESULTS", tmp_path)
+    assert readme.gpu() == "Nothing here has been measured on a GPU yet: `python -m benchmarks --device cuda` does it."
+
+
+def test_with_a_gpu_the_readme_shows_it(readme, folder, monkeypatch, tmp_path):
+    monkeypatch.setattr(readme, "RESULTS", tmp_path)
+    content = json.loads((folder / "benchmark-cpu.json").read_text())
+    content["provenance"]["machine"] |= {"device": "cuda", "gpu": "a GPU"}
+    (tmp_path / "benchmark-cuda.json").write_text(json.dumps(content))
+    text = readme.gpu()
+    assert "docs/images/speed-cuda.png" in text
+    assert "results/benchmark-cuda.json" in text and ", a GPU, " in text
+
+
+# --- the instruments -------------------------------------------------------------------------------------------------
+
+
+def test_compared_calls_take_turns():
+    turns = []
+    times = interleaved({"a": lambda: turns.append("a"), "b": lambda: turns.append("b")}, budget=0.0)
+    assert all(len(seconds) == LEAST for seconds in times.values())
+    changes = sum(before != after for before, after in pairwise(turns))
+    assert changes == 2 * LEAST + 1
+
+
+def test_rounds_have_a_limit():
+    assert len(interleaved({"a": lambda: None}, budget=1e9)["a"]) == MOST
+
+
+def test_median_and_quartiles():
+    (row,) = speed_rows({"a": [0.005, 0.001, 0.002, 0.004, 0.003]}, part="forward")
+    assert row == {"part": "forward", "what": "a", "ms": 3.0, "ms_q1": 2.0, "ms_q3": 4.0, "rounds": 5}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="resident memory can be reset on Linux only")
+def test_peak_memory_is_what_the_arrays_take():
+    shape = (1, 4096, 512)  # 8 MiB an array
+    # the gates and h, and what the scan keeps of the gates' products: one array more
+    assert 16 <= peak_mib(pool_call, shape, "scan", "float32", False, device="cpu") <= 48
+    assert 8 <= peak_mib(layer_call, (1, 4096, 64), "QRNN", TRAINING, device="cpu") <= 64
+
+
+def test_matrix_products_are_told_from_the_rest():
+    a = torch.randn(64, 64)
+    shares = time_shares(lambda: (a @ a).tanh().copy_(a), "cpu")
+    assert set(shares) == {"matrix products", "gates, activations and pooling", "copies"}
+
+
+# --- peers -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [*WAYS, "torch.associative_scan"])
+def test_ways_to_pool_agree(name):
+    try_way(peers.load(name, "cpu"), gates((2, 16, 3), 0.0, "cpu"))
+
+
+def test_a_peer_that_fails_or_is_wrong_is_told_in_one_line():
+    problem = gates(SHAPE, 0.0, "cpu")
+    with pytest.raises(Missing, match=r"^ValueError: no$"):
+        try_way(lambda log_f, log_x: (_ for _ in ()).throw(ValueError("no\nnever")), problem)
+    with pytest.raises(Missing, match=r"^wrong: relative error"):
+        try_way(lambda log_f, log_x: log_f + log_x, problem)
+
+
+def test_a_peer_that_breaks_on_import_is_told_in_one_line(monkeypatch):
+    def broken():
+        raise OSError("no compiler\nwhatever")
+
+    monkeypatch.setitem(PEERS, "broken", Peer(broken, "broken", cuda_only=False))
+    with pytest.raises(Missing, match=r"^OSError: no compiler$"):
+        peers.load("broken", "cpu")
+
+
+# --- the command line ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--only", "everything"], "invalid choice"),
+        (["--rounds", "3"], "unrecognized arguments"),
+        (["--budget", "-1"], "at least 0"),
+        (["--budget", "nan"], "at least 0"),
+        (["--seed", "x"], "invalid int"),
+        (["--device", "tpu"], "invalid choice"),
+        *([] if torch.cuda.is_available() else [(["--device", "cuda"], "this machine has none")]),
+    ],
+)
+def test_wrong_flags_give_one_line(flags, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse(flags)
+    captured = capsys.readouterr()
+    assert stopped.value.code == 2
+    assert captured.err.startswith("error: ") and captured.err.count("\n") == 1 and message in captured.err
+    assert captured.out == ""
+
+
+def test_the_script_itself_says_it_in_one_line():
+    done = subprocess.run([sys.executable, "-m", "benchmarks", "--only"], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+
+
+def test_only_some_tables_are_measured_and_the_others_kept(content, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmark, "provenance", lambda **_: content["provenance"] | {"command": "again"})
+    monkeypatch.setattr(benchmark, "versions", lambda: content["provenance"]["peers"])
+    path = tmp_path / "benchmark-cpu.json"
+    path.write_text((folder / "benchmark-cpu.json").read_text())
+    only = ["--device", "cpu", "--budget", "0", "--only", "roofline", "precision"]
+    assert main(only, TINY, tmp_path) == 0
+    after = json.loads(path.read_text())
+    assert after["roofline"] != content["roofline"]
+    assert after["layer"] == content["layer"]
+    assert after["precision"] == content["precision"]  # the same seed gives the same inputs
+    assert after["provenance"]["command"].endswith(" --budget 0; again")
+
+
+def test_tables_of_different_runs_are_not_mixed(content, folder, tmp_path, capsys):
+    path = tmp_path / "benchmark-cpu.json"
+    path.write_text((folder / "benchmark-cpu.json").read_text())
+    before = path.read_bytes()
+    assert main(["--device", "cpu", "--budget", "0", "--seed", "1", "--only", "roofline"], TINY, tmp_path) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: --only: benchmark-cpu.json differs in seed")
+    assert captured.err.count("\n") == 1
+    assert path.read_bytes() == before
+
+
+def test_a_table_that_is_missing_says_how_to_measure_it(readme, monkeypatch):
+    monkeypatch.setattr(readme, "load", lambda name: {})
+    assert "python -m benchmarks --only paper" in readme.block("paper grid")

@@ -1,0 +1,248 @@
+"""The runs behind the README's results: their flags, the script that makes them, the search for settings."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import qrnn_layer
+from experiment import build_model
+from lab.language_model import LanguageModel
+from lab.presets import PRESETS
+from lab.run import count_parameters, parse
+from lab.synthetic import sample_sentences
+from qrnn import QRNN
+from qrnn_layer import pool
+from research import closed_form, context, studies, tune
+from research.studies import STUDIES, Job, identity, main
+
+ROOT = Path(__file__).parents[2]
+TINY = "--preset demo --corpus text --embedding 8 --hidden 8 --epochs 1 --device cpu"
+
+
+@pytest.fixture
+def data(tmp_path):
+    """A folder with a small text."""
+    folder = tmp_path / "text"
+    folder.mkdir()
+    for split, seed, count in (("train", 1, 60), ("valid", 2, 20), ("test", 3, 20)):
+        lines = [" ".join(sentence) for sentence in sample_sentences(count, seed=seed)]
+        (folder / f"{split}.txt").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def write_tuning(folder: Path) -> None:
+    def trial(model: str, lr: float, valid_perplexity: float) -> dict:
+        dropouts = {"dropout": 0.3, "dropout_embedding": 0.3, "dropout_output": 0.3}
+        config = {"preset": "small", "lr": lr, "weight_decay": 0.02, **dropouts}
+        return {"config": config, "models": [{"model": model, "valid_perplexity": valid_perplexity}]}
+
+    runs = {"a": trial("qrnn", 0.002, 120.0), "b": trial("qrnn", 0.003, 100.0), "c": trial("lstm", 0.002, 110.0)}
+    runs |= {"e": trial("lstm", 0.003, 115.0)}
+    (folder / "tuning.json").write_text(json.dumps({"runs": runs | {"d": {"error": "exit code 1: diverged"}}}))
+
+
+@pytest.mark.parametrize("study", STUDIES)
+def test_flags_are_understood_and_no_run_is_done_twice(study, tmp_path, monkeypatch):
+    monkeypatch.setattr(studies, "RESULTS", tmp_path)
+    write_tuning(tmp_path)
+    runs = STUDIES[study]()
+    assert len({identity(run, Path("text")) for run in runs.values()}) == len(runs)
+    for run in runs.values():
+        assert importlib.util.find_spec(run.module)
+        assert len(parse(run.flags.split(), PRESETS).models) == 1
+
+
+def test_the_lstm_on_the_penn_treebank_has_256_units():
+    config = parse(STUDIES["ptb"]()["LSTM"].flags.split(), PRESETS)
+    assert build_model(config, "lstm", vocabulary=10).hidden == 256
+
+
+@pytest.mark.parametrize("study", ["ablation", "longer", "ptb", "ptb_short", "wikitext2"])
+def test_compared_models_have_as_many_recurrent_parameters(study):
+    configs = [parse(run.flags.split(), PRESETS) for run in STUDIES[study]().values()]
+    counts = [count_parameters(build_model(config, *config.models, vocabulary=10).rnn) for config in configs]
+    assert max(counts) < 1.01 * counts[0] and min(counts) > 0.99 * counts[0]
+
+
+def test_compared_models_get_the_trial_that_was_best_on_validation(tmp_path, monkeypatch):
+    monkeypatch.setattr(studies, "RESULTS", tmp_path)
+    write_tuning(tmp_path)
+    configs = {label: parse(run.flags.split(), PRESETS) for label, run in STUDIES["tuned"]().items()}
+    assert {config.lr for label, config in configs.items() if label.startswith("QRNN")} == {0.003}
+    assert {config.lr for label, config in configs.items() if label.startswith("LSTM")} == {0.002}
+    assert all(config.dropout_output == 0.3 and config.weight_decay == 0.02 for config in configs.values())
+
+
+def test_tuned_models_need_the_tuning(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(studies, "RESULTS", tmp_path)
+    assert main(["tuned", "--data", str(tmp_path)]) == 2
+    write_tuning(tmp_path)
+    tuning = json.loads((tmp_path / "tuning.json").read_text())
+    tuning["runs"].pop("e")  # two trials of one, one of the other
+    (tmp_path / "tuning.json").write_text(json.dumps(tuning))
+    assert main(["tuned", "--data", str(tmp_path)]) == 2
+    first, second = capsys.readouterr().err.strip().splitlines()
+    assert first == second and "lacks the same trials of both models" in first
+
+
+@pytest.fixture
+def away(tmp_path, monkeypatch):
+    """Where the runs and the results of studies go; the code stays where it is."""
+    monkeypatch.setattr(studies, "RESULTS", tmp_path)
+    monkeypatch.setattr(studies, "ROOT", tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    return tmp_path
+
+
+DIVERGES = Job(f"{TINY} --models lstm --optimizer sgd --lr 1e30")
+
+
+def test_a_study_writes_what_came_out_and_does_not_run_it_again(data, away, monkeypatch, capsys):
+    jobs = {"good": Job(f"{TINY} --models qrnn"), "bad": DIVERGES}
+    monkeypatch.setitem(STUDIES, "tiny", lambda: jobs)
+    assert main(["tiny", "--data", str(data)]) == 1
+    content = json.loads((away / "tiny.json").read_text())
+    assert set(content["runs"]) == {"good", "bad"}
+    assert content["runs"]["good"]["models"][0]["model"] == "qrnn" and not content["runs"]["good"]["interrupted"]
+    assert content["runs"]["bad"]["error"].startswith("exit code 1: error: stopped")
+    assert "bad: exit code 1: error: stopped" in capsys.readouterr().out
+    monkeypatch.setattr(studies, "subprocess", SimpleNamespace(run=lambda *_, **__: pytest.fail("run again")))
+    jobs.pop("bad")
+    assert main(["tiny", "--data", str(data)]) == 0
+
+
+def test_what_is_on_record_stays_until_its_run_succeeds(data, away, monkeypatch):
+    first, kept = Job(f"{TINY} --models qrnn"), {"identity": identity(DIVERGES, data)}
+    record = {"runs": {"first": {"identity": "of other settings"}, "second": kept, "third": kept, "gone": kept}}
+    (away / "tiny.json").write_text(json.dumps(record))
+    jobs = {"second": DIVERGES, "first": first, "third": Job(f"{DIVERGES.flags} --seed 1")}
+    monkeypatch.setitem(STUDIES, "tiny", lambda: jobs)
+    assert main(["tiny", "--data", str(data)]) == 1
+    runs = json.loads((away / "tiny.json").read_text())["runs"]
+    assert list(runs) == ["second", "first", "third"]
+    assert runs["second"] == kept and runs["first"]["models"][0]["model"] == "qrnn" and "error" in runs["third"]
+
+
+def test_a_wrong_flag_is_one_line_before_anything_runs(data, away, monkeypatch, capsys):
+    monkeypatch.setitem(STUDIES, "tiny", lambda: {"good": Job(TINY), "bad": Job(f"{TINY} --lr -1")})
+    assert main(["tiny", "--data", str(data)]) == 2
+    assert capsys.readouterr().err.startswith("error: --lr -1") and not (away / "runs").exists()
+
+
+def test_a_run_is_told_by_its_settings_not_by_its_flags():
+    other, folder = Job(f"{TINY} --models qrnn --hidden 8"), Path("text")
+    assert identity(other, folder) == identity(Job(f"{TINY} --models qrnn"), folder)
+    assert identity(Job(f"{TINY} --models qrnn --dense"), folder) != identity(other, folder)
+    assert identity(other, Path("ptb")) != identity(other, folder)
+
+
+@pytest.mark.parametrize("script", [main, tune.main])
+def test_a_forgotten_flag_is_one_line(script, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        script([])
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "--data" in line
+
+
+def test_a_study_without_data_is_one_line(capsys):
+    assert main(["ablation", "--data", "nowhere"]) == 2
+    assert capsys.readouterr().err == "error: --data nowhere: no folder; give the one with the corpus\n"
+
+
+def test_the_plain_closed_form_is_the_recurrence():
+    log_f, x = -torch.rand(2, 9, 3, dtype=torch.float64), torch.rand(2, 9, 3, dtype=torch.float64)
+    h0 = torch.randn(2, 3, dtype=torch.float64)
+    exact = pool(log_f, x.log(), h0, method="loop")
+    torch.testing.assert_close(closed_form.recurrence(log_f, x, h0, "log", positive=True), exact)
+    with torch.no_grad():  # evaluation
+        torch.testing.assert_close(closed_form.recurrence(log_f, x, h0, "log", positive=True), exact)
+
+
+def test_the_plain_closed_form_trains(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(qrnn_layer, "_recurrence", qrnn_layer._recurrence)  # is put back
+    monkeypatch.setattr(closed_form.experiment.Config, "prefix", "")  # as well
+    flags = [*TINY.split(), "--models", "qrnn", "--data", str(data)]
+    assert closed_form.main([*flags, "--name", "plain", "--zoneout", "0.5"]) == 0
+    assert qrnn_layer._recurrence is closed_form.recurrence
+    assert closed_form.main([*flags, "--name", "signed", "--activation", "tanh"]) == 2
+    assert closed_form.main(flags) == 0 and (tmp_path / "runs" / "closed-form-demo-0").is_dir()
+    assert "--activation tanh" in capsys.readouterr().err
+
+
+def test_every_number_of_known_words_is_asked_of_the_same_words(monkeypatch):
+    monkeypatch.setattr(context, "KNOWN", (1, 2, 4, 8))
+    monkeypatch.setattr(context, "BATCH", 20)
+    model = LanguageModel(QRNN(6, 6, batch_first=True), 6, vocabulary=11, embedding=6).eval()
+    words = torch.randint(11, (27,))
+    for known in context.KNOWN:
+        costs = context.losses(model, words, known)
+        assert len(costs) == 16  # from index 8 on; three are left, and a window of 8 scores four
+        for index, cost in enumerate(costs):
+            given = known // 2 + 1 + index % (known - known // 2)
+            logits, _ = model(words[None, 8 + index - given : 8 + index])
+            torch.testing.assert_close(cost, F.cross_entropy(logits[0, -1], words[8 + index]))
+
+
+def test_models_are_compared_by_the_words_they_know(data, away, monkeypatch, capsys):
+    monkeypatch.setattr(context, "RESULTS", away)
+    monkeypatch.setattr(context, "ROOT", away)
+    monkeypatch.setattr(context, "KNOWN", (1, 2, 4))
+    monkeypatch.setattr(context, "COMPARED", ("tiny",))
+    both = {name: Job(f"{TINY} --protocol stream --models {name}") for name in ("qrnn", "lstm")}
+    monkeypatch.setitem(STUDIES, "tiny", lambda: both)
+    assert context.main(["--data", str(data)]) == 2
+    assert "qrnn of tiny is not trained" in capsys.readouterr().err
+    assert context.main(["--data", str(data / "nowhere")]) == 2
+    assert "no folder" in capsys.readouterr().err
+    assert main(["tiny", "--data", str(data)]) == 0 and context.main(["--data", str(data)]) == 0
+    found = json.loads((away / "context.json").read_text())["studies"]["tiny"]
+    monkeypatch.setattr(context, "KNOWN", (1, 1000))
+    assert context.main(["--data", str(data)]) == 2
+    assert "1500 expected" in capsys.readouterr().err
+    for qrnn, lstm, ratio in zip(found["qrnn"], found["lstm"], found["ratio"], strict=True):
+        assert ratio == pytest.approx(qrnn / lstm)
+    trained = json.loads((away / "tiny.json").read_text())["runs"]
+    assert all(1 < found["training_text"][name] < 1.5 * trained[name]["models"][0]["valid_perplexity"] for name in both)
+    assert found["epochs"] == 1 and all(error > 0 for error in found["standard_error"])
+
+
+def test_tuning_gives_both_models_the_same_trials_and_leaves_test_alone(data, away):
+    assert tune.main([*TINY.split(), "--data", str(data), "--trials", "2"]) == 0
+    runs = json.loads((away / "tuning.json").read_text())["runs"]
+    assert list(runs) == ["qrnn, trial 0", "lstm, trial 0", "qrnn, trial 1", "lstm, trial 1"]
+    values = [tuple(run["config"][name] for name in tune.SPACE) for run in runs.values()]
+    assert values[0] == values[1] == (PRESETS["demo"].lr, 0.0, 0.01) and values[2] == values[3] != values[0]
+    assert runs["lstm, trial 1"]["config"]["dropout_output"] == values[3][1]
+    models = [model for run in runs.values() for model in run["models"]]
+    assert [model["model"] for model in models] == ["qrnn", "lstm"] * 2
+    assert all(model["test_perplexity"] is None for model in models)
+
+
+def test_trials_are_the_same_each_time_and_differ_by_seed():
+    config = PRESETS["small"]
+    first = tune.trials(config, 4)
+    assert tune.trials(config, 6)[:4] == first
+    assert tune.trials(replace(config, seed=1), 2)[1] != first[1]
+    drawn = tune.trials(config, 5)[1:]
+    for name, space in tune.SPACE.items():  # one in each quarter of each range
+        place = math.log if space.log else float
+        low, high = place(space.low), place(space.high)
+        assert sorted(int(4 * (place(trial[name]) - low) / (high - low)) for trial in drawn) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("flags", [["--trials", "0"], ["--lr", "5"], ["--no-such-flag"], ["--data", "nowhere"]])
+def test_wrong_flags_of_tuning_are_one_line(data, flags, capsys):
+    assert tune.main(["--data", str(data), *TINY.split(), *flags]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert flags[0] in line
