@@ -14,31 +14,14 @@ from accelerate import Accelerator
 from tokenizers import Tokenizer
 from torch import nn
 
-from lab.corpora import (
-    Corpus,
-    SentenceBatches,
-    StreamBatches,
-    build_vocabulary,
-    encode,
-    length_filter,
-    load_corpus,
-    sentences,
-)
+from lab.batches import SentenceBatches, StreamBatches, build_vocabulary, encode
+from lab.command_line import exit_code, parse
+from lab.corpora import Corpus, length_filter, load_corpus, sentences
 from lab.dense_lstm import DenseLSTM
 from lab.language_model import LanguageModel, generate, next_word_loss
 from lab.presets import PRESETS, Config
 from lab.report import NAMES, Layout
-from lab.run import (
-    FREE_TO_CHANGE,
-    Task,
-    count_parameters,
-    exit_code,
-    load_best,
-    matched_width,
-    parse,
-    read_record,
-    run,
-)
+from lab.run import FREE_TO_CHANGE, Task, count_parameters, load_best, matched_width, read_record, run
 from lab.settings import InputError
 from lab.training import Batches, evaluate, perplexity
 from qrnn import QRNN

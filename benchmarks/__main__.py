@@ -39,12 +39,13 @@ from benchmarks.peers import (
     versions,
 )
 from experiment import build_model
+from lab.batches import SentenceBatches
 from lab.checkpoint import write_file
-from lab.corpora import SentenceBatches
+from lab.command_line import Parser
 from lab.language_model import next_word_loss
 from lab.presets import PRESETS, Config
 from lab.provenance import keep_freed_memory, provenance
-from lab.settings import InputError, Parser
+from lab.settings import InputError
 from lab.training import Trainer
 from qrnn_layer import QRNNLayer, pool
 

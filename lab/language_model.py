@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from lab.corpora import EOS, IGNORE, UNK, Batch
+from lab.batches import IGNORE, UNK, Batch
+from lab.synthetic import EOS
 from lab.training import Carried
 
 INITIAL_RANGE = 0.1  # of embedding and softmax: with larger ones a tied softmax starts far from uniform

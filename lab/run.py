@@ -2,34 +2,28 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import errno
-import io
-import itertools
 import json
 import re
 import sys
 import time
 from abc import ABC, abstractmethod
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal
 
 import torch
-import tyro
 from accelerate import Accelerator
 from filelock import FileLock, Timeout
 from torch import nn
 
 from lab.checkpoint import CheckpointError, load_checkpoint, write_file
-from lab.corpora import CorpusError
 from lab.provenance import keep_freed_memory, provenance
 from lab.report import Layout, describe_time, write_report
 from lab.settings import InputError, Settings
-from lab.training import Batches, Step, StopSignal, Trainer, TrainingError, agree, evaluate, seconds_per_item
+from lab.training import Batches, Step, StopSignal, Trainer, agree, evaluate, seconds_per_item
 
 RUNS = Path("runs")
 PATIENCE_HOURS = 2  # on a CPU, a longer run is worth a hint
@@ -344,59 +338,3 @@ def load_best(folder: Path, model: nn.Module, accelerator: Accelerator) -> tuple
         print(line, file=sys.stderr)
     model.load_state_dict(weights)
     return state["epoch"], state["valid_loss"]
-
-
-# --- the command line ------------------------------------------------------------------------------------------------
-
-AnyConfig = TypeVar("AnyConfig", bound=RunConfig)
-
-
-def parse(arguments: Sequence[str], presets: dict[str, AnyConfig]) -> AnyConfig:
-    """The preset with the flags on top; the first preset is the default.
-
-    Raises:
-        InputError: a flag or a value that does not exist; the message is one line.
-    """
-    default = next(iter(presets.values()))
-    chosen = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    chosen.add_argument("--preset", default=default.preset)
-    preset = presets.get(chosen.parse_known_args(arguments)[0].preset, default)
-    message = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(message):
-            config = tyro.cli(type(preset), args=arguments, default=preset)
-    except SystemExit as stopped:
-        if not stopped.code:
-            raise  # --help
-        raise InputError(_without_box(message.getvalue())) from None
-    config.check()
-    return config
-
-
-def _without_box(message: str) -> str:
-    """What tyro says in its box, between the title and the hint at --help, in one line."""
-    lines = (line.strip("╭╮╰╯│─ ") for line in message.splitlines())
-    _, *inside = (line for line in lines if line.strip("-"))
-    return " ".join(itertools.takewhile(lambda line: not line.startswith("For full helptext"), inside))
-
-
-def exit_code(command: Callable[[], int]) -> int:
-    """What the command returns; 1 if it failed, 2 if its input was wrong, 130 if it was interrupted, each with one line
-    on stderr."""
-    try:
-        return command()
-    except (InputError, CorpusError, CheckpointError) as error:
-        return _fail(str(error), 2)
-    except TrainingError as error:
-        return _fail(str(error), 1)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        return _fail("the disk is full; nothing that was written is lost: make room and go on with --resume", 1)
-    except KeyboardInterrupt:
-        return _fail("stopped at once; go on with --resume", 130)
-
-
-def _fail(message: str, code: int) -> int:
-    print(f"error: {message}", file=sys.stderr)
-    return code

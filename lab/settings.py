@@ -2,27 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
 import math
 from dataclasses import dataclass
-from typing import Literal, NoReturn
+from typing import Literal
 
 import torch
 
 
 class InputError(ValueError):
     """The user asked for something impossible; the message is one line."""
-
-
-class Parser(argparse.ArgumentParser):
-    """Of scripts with few flags: says what is wrong in one line, and takes no abbreviations."""
-
-    def __init__(self, description: str | None) -> None:
-        formatter = argparse.RawDescriptionHelpFormatter
-        super().__init__(description=description, formatter_class=formatter, allow_abbrev=False)
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}\n")
 
 
 @dataclass(frozen=True)

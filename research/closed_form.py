@@ -14,7 +14,7 @@ from torch import Tensor
 
 import experiment
 import qrnn_layer
-from lab import run as comparison
+from lab.command_line import exit_code, parse
 from lab.presets import PRESETS
 from lab.settings import InputError
 
@@ -37,7 +37,7 @@ def recurrence(
 
 def check(flags: Sequence[str]) -> None:
     """Raises InputError: an activation whose values have no logarithm."""
-    activation = comparison.parse(flags, PRESETS).activation
+    activation = parse(flags, PRESETS).activation
     if activation in qrnn_layer.SIGNED_ACTIVATIONS:
         raise InputError(f"--activation {activation}: softplus or another one that is never negative expected")
 
@@ -45,7 +45,7 @@ def check(flags: Sequence[str]) -> None:
 def main(arguments: Sequence[str]) -> int:
     """The exit code of the experiment."""
     flags = [*arguments, "--method", "log"]  # auto takes another way on a CPU
-    wrong = comparison.exit_code(lambda: check(flags) or 0)
+    wrong = exit_code(lambda: check(flags) or 0)
     qrnn_layer._recurrence = recurrence
     experiment.Config.prefix = "closed-form-"  # its runs are others than those of experiment.py
     return wrong or experiment.main(flags)

@@ -25,13 +25,15 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from experiment import build_model, evaluation_batches
+from lab.batches import build_vocabulary, encode
 from lab.checkpoint import write_file
-from lab.corpora import build_vocabulary, encode, load_corpus
+from lab.command_line import Parser, exit_code, parse
+from lab.corpora import load_corpus
 from lab.language_model import next_word_loss
 from lab.presets import PRESETS, Config
 from lab.provenance import provenance
-from lab.run import RUNS, exit_code, load_best, parse
-from lab.settings import InputError, Parser
+from lab.run import RUNS, load_best
+from lab.settings import InputError
 from lab.training import evaluate, perplexity
 from research.studies import RESULTS, ROOT, STUDIES, finished, identity
 

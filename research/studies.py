@@ -32,11 +32,12 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from lab.checkpoint import write_file
+from lab.command_line import Parser, exit_code, parse
 from lab.presets import PRESETS
 from lab.provenance import provenance
 from lab.report import NAMES
-from lab.run import FREE_TO_CHANGE, RUNS, exit_code, parse
-from lab.settings import InputError, Parser
+from lab.run import FREE_TO_CHANGE, RUNS
+from lab.settings import InputError
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "research" / "results"

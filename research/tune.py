@@ -18,9 +18,9 @@ from pathlib import Path
 
 import optuna
 
+from lab.command_line import Parser, exit_code, parse
 from lab.presets import PRESETS, Config
-from lab.run import exit_code, parse
-from lab.settings import Parser, check_range
+from lab.settings import check_range
 from research.studies import Job, Jobs, carry_out
 
 SPACE = {

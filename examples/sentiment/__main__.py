@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from examples.sentiment.config import PRESETS, Config
 from examples.sentiment.data import LABELS, Batch, Review, ReviewBatches, load_reviews, read_vectors
-from lab.corpora import build_vocabulary, encode
+from lab.batches import build_vocabulary, encode
+from lab.command_line import exit_code, parse
 from lab.dense_lstm import DenseLSTM
 from lab.report import NAMES, Layout
-from lab.run import Task, count_parameters, exit_code, matched_width, parse, run
+from lab.run import Task, count_parameters, matched_width, run
 from lab.training import Carried
 from qrnn import QRNN
 

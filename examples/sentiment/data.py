@@ -12,7 +12,8 @@ import torch
 from tokenizers.pre_tokenizers import BertPreTokenizer
 from torch import Tensor
 
-from lab.corpora import EOS_ID, IGNORE, CorpusError, SentenceBatches, fetch
+from lab.batches import EOS_ID, IGNORE, SentenceBatches
+from lab.corpora import CorpusError, fetch
 
 FOLDS = 10
 LABELS = ("negative", "positive")  # 0 and 1

@@ -35,20 +35,11 @@ from examples.translation.data import (
     reversed_strings,
 )
 from examples.translation.lstm_seq2seq import LSTMSeq2Seq
+from lab.batches import IGNORE
 from lab.checkpoint import write_file
-from lab.corpora import IGNORE
+from lab.command_line import exit_code, parse
 from lab.report import NAMES, Layout
-from lab.run import (
-    FREE_TO_CHANGE,
-    Task,
-    count_parameters,
-    exit_code,
-    load_best,
-    matched_width,
-    parse,
-    read_record,
-    run,
-)
+from lab.run import FREE_TO_CHANGE, Task, count_parameters, load_best, matched_width, read_record, run
 from lab.settings import InputError
 from lab.training import Carried, evaluate, perplexity
 from qrnn.search import Hypothesis, beam_search

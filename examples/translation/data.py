@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
-from lab.corpora import IGNORE, CorpusError
+from lab.batches import IGNORE
+from lab.corpora import CorpusError
 
 PAD, BOS, EOS, UNK = range(4)  # in every vocabulary; characters follow
 UNKNOWN = "\N{REPLACEMENT CHARACTER}"  # how UNK is written

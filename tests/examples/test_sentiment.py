@@ -35,9 +35,11 @@ from examples.sentiment.data import (
     rt_polarity,
     synthetic,
 )
+from lab.batches import EOS_ID, build_vocabulary, encode
 from lab.checkpoint import load_checkpoint
-from lab.corpora import EOS_ID, CorpusError, build_vocabulary, encode
-from lab.run import count_parameters, parse
+from lab.command_line import parse
+from lab.corpora import CorpusError
+from lab.run import count_parameters
 
 TINY = ["--preset", "mr", "--data", "mr", "--embedding", "8", "--hidden", "6", "--layers", "2", "--vocabulary", "None"]
 TINY += ["--epochs", "2", "--batch-size", "8", "--device", "cpu", "--name", "x"]

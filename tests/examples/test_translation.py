@@ -31,8 +31,10 @@ from examples.translation.data import (
     read_parallel,
     reversed_strings,
 )
-from lab.corpora import IGNORE, CorpusError
-from lab.run import count_parameters, parse
+from lab.batches import IGNORE
+from lab.command_line import parse
+from lab.corpora import CorpusError
+from lab.run import count_parameters
 
 ROOT = Path(__file__).parents[2]
 TINY = ["--preset", "demo", "--corpus", "files", "--data", "text", "--source", "aa", "--target", "bb", "--epochs", "2"]

@@ -15,20 +15,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from lab import corpora
-from lab.corpora import (
-    EOS,
-    IGNORE,
-    SPLITS,
-    UNK,
-    CorpusError,
-    SentenceBatches,
-    StreamBatches,
-    build_vocabulary,
-    encode,
-    length_filter,
-    load_corpus,
-    sentences,
-)
+from lab.batches import IGNORE, UNK, SentenceBatches, StreamBatches, build_vocabulary, encode
+from lab.corpora import SPLITS, CorpusError, length_filter, load_corpus, sentences
+from lab.synthetic import EOS
 
 DATA = Path(os.environ.get("QRNN_DATA") or Path(__file__).parents[3] / "shared" / "data")
 any_speed = settings(deadline=None)  # of the machine

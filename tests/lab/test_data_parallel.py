@@ -11,12 +11,12 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from test_sequence_parallel import run_in_processes
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from qrnn import QRNN
 from qrnn_layer import MODES
+from tests.processes import run_in_processes
 
 every_mode = pytest.mark.parametrize("mode", MODES)
 

@@ -23,11 +23,12 @@ import experiment
 from experiment import build_model, build_qrnn, main, prepare_data
 from lab import run as comparison
 from lab.checkpoint import load_checkpoint
+from lab.command_line import parse
 from lab.corpora import load_corpus
 from lab.dense_lstm import DenseLSTM
 from lab.language_model import LanguageModel
 from lab.presets import PRESETS
-from lab.run import count_parameters, parse
+from lab.run import count_parameters
 from lab.settings import InputError
 from lab.synthetic import sample_sentences
 

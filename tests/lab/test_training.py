@@ -17,8 +17,9 @@ import pytest
 import torch
 from torch import nn
 
+from lab.batches import SentenceBatches, StreamBatches, build_vocabulary, encode
 from lab.checkpoint import CheckpointError, load_checkpoint, save_checkpoint, write_file
-from lab.corpora import SentenceBatches, StreamBatches, build_vocabulary, encode, load_corpus
+from lab.corpora import load_corpus
 from lab.language_model import LanguageModel, next_word_loss
 from lab.settings import InputError, Settings
 from lab.synthetic import sample_sentences

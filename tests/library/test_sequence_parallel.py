@@ -7,12 +7,8 @@ that a failure on one leaves no other waiting.
 
 import contextlib
 import io
-import multiprocessing
 import re
-import time
-import traceback
 from collections.abc import Callable
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from unittest import mock
@@ -20,11 +16,11 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 
 from qrnn.sequence_parallel import sequence_parallel_pool, sequence_parallel_signed_pool
 from qrnn_layer import METHODS, QRNNLayer, pool, signed_pool
+from tests.processes import run_in_processes
 
 SCALING = Path(__file__).parents[2] / "docs" / "scaling.md"
 WORLD_SIZES = (2, 4)
@@ -33,47 +29,6 @@ SHARDED = {pool: sequence_parallel_pool, signed_pool: sequence_parallel_signed_p
 COLLECTIVES = ("all_gather", "all_gather_into_tensor", "all_gather_object", "all_reduce", "all_to_all", "barrier")
 COLLECTIVES += ("broadcast", "reduce_scatter", "send", "recv", "isend", "irecv", "batch_isend_irecv")
 CHECKS: dict[str, Callable[[], None]] = {}
-
-
-# --- several processes, each of which runs all checks ----------------------------------------------------------------
-
-
-def run_in_processes(checks: dict[str, Callable[[], None]], world_size: int, folder: Path) -> dict[str, list[str]]:
-    """Failures of each check, one text for each rank that has one. The functions are of the top level of a module."""
-    multiprocessing.set_forkserver_preload(["torch"])  # imported once for all of them
-    context = mp.start_processes(
-        _process, (checks, world_size, str(folder)), world_size, join=False, start_method="forkserver"
-    )
-    deadline, end = time.monotonic() + 300, ""
-    try:
-        while not context.join(timeout=max(deadline - time.monotonic(), 0)):
-            assert time.monotonic() < deadline, "the processes wait for each other"
-    except (AssertionError, mp.ProcessRaisedException, mp.ProcessExitedException) as error:
-        end = str(error)
-    finally:
-        for process in context.processes:
-            process.kill()
-    failures: dict[str, list[str]] = {}
-    for name in checks:
-        files = [folder / f"{rank}-{name}" for rank in range(world_size)]
-        texts = [file.read_text() if file.exists() else f"{file.name}: {end}" for file in files]
-        failures[name] = [text for text in texts if text]
-    return failures
-
-
-def _process(rank: int, checks: dict[str, Callable[[], None]], world_size: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    store = dist.FileStore(f"{folder}/store", world_size)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=120))
-    for name, check in checks.items():
-        failure = ""
-        try:
-            check()
-        except (Exception, pytest.fail.Exception):
-            failure = f"rank {rank}: {traceback.format_exc()}"
-        Path(folder, f"{rank}-{name}").write_text(failure)
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 def check(function: Callable[[], None]) -> Callable[[], None]:

@@ -15,9 +15,10 @@ import torch.nn.functional as F
 
 import qrnn_layer
 from experiment import build_model
+from lab.command_line import parse
 from lab.language_model import LanguageModel
 from lab.presets import PRESETS
-from lab.run import count_parameters, parse
+from lab.run import count_parameters
 from lab.synthetic import sample_sentences
 from qrnn import QRNN
 from qrnn_layer import pool
