@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import log
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from qrnn_layer import check_size
+from qrnn_layer import check_size, expect
 
 
 class SearchModel(Protocol):
@@ -78,10 +80,10 @@ def beam_search(
         TypeError: a size that is no whole number.
         ValueError: an argument out of range, or a model that gives no target a finite log-probability (NaN).
     """
-    check_size("beam_size", beam_size)
-    check_size("max_length", max_length)
-    if not length_penalty >= 0:
-        raise ValueError(f"length_penalty: {length_penalty!r} given, a number of at least 0 expected")
+    beam_size, max_length = check_size("beam_size", beam_size), check_size("max_length", max_length)
+    bos, eos = check_size("bos", bos, least=0), check_size("eos", eos, least=0)
+    most = log(sys.float_info.max) / log((6 + max_length) / 6)  # beyond, the longest target's penalty is no float
+    expect(0 <= length_penalty <= most, "length_penalty", length_penalty, f"a number from 0 to {most:.0f}")
 
     def penalty(length: int) -> float:
         return ((5 + length) / 6) ** length_penalty
