@@ -261,7 +261,8 @@ def _blocked(log_f: Tensor, x: Tensor, h0: Tensor, positive: bool, block_size: i
     h, c = _closed_form_of_any_sign(f_blocks, x_blocks, positive)  # as if every block started from 0
     ends = _scan(c[:, :, -1], h[:, :, -1], h0.double())  # (B, blocks, H), the true state after each block
     starts = torch.cat([h0.double().unsqueeze(1), ends[:, :-1]], dim=1)
-    return (h + c.exp() * starts.unsqueeze(2)).flatten(1, 2)[:, :length].to(x.dtype)
+    h = (h + c.exp() * starts.unsqueeze(2)).reshape(batch_size, shape[1] * block_size, channels)
+    return h.narrow(1, 0, length).to(x.dtype)
 
 
 def _closed_form_of_any_sign(log_f: Tensor, x: Tensor, positive: bool) -> tuple[Tensor, Tensor]:
@@ -435,8 +436,7 @@ def _checked(method: str, block_size: int, check: bool, arrays: dict[str, Tensor
     """Return all arrays in at least float32, h0 last, as zeros if it is None."""
     expect(method in ("auto", *METHODS), "method", method, f"auto or one of {', '.join(METHODS)}")
     check_size("block_size", block_size)
-    log_f = arrays["log_f"]
-    check_tensor("log_f", log_f, ("B", "T", "H"))
+    check_tensor("log_f", log_f := arrays["log_f"], ("B", "T", "H"))
     for name, array in arrays.items():
         check_tensor(name, array, log_f.shape, log_f.device, log_f.dtype)
     h0 = log_f.new_zeros(log_f.shape[0], log_f.shape[2]) if h0 is None else h0
