@@ -104,7 +104,7 @@ def build_qrnn(config: Config, hidden: int) -> QRNN:
         batch_first=True,
         dropout=dropout_between(config),
         kernel_size=config.kernel_size,
-        first_kernel_size=config.first_kernel_size,
+        first_kernel_size=config.first_kernel_size or config.kernel_size,
         mode=config.mode,
         zoneout=config.zoneout,
         activation=config.activation,
