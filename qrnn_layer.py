@@ -15,7 +15,7 @@ Glossary (letters of the paper):
 
 import math
 from collections.abc import Sequence
-from numbers import Real
+from numbers import Integral, Real
 from typing import NamedTuple
 
 import torch
@@ -82,10 +82,10 @@ class QRNNLayer(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        expect(mode in MODES, "mode", mode, f"one of {', '.join(MODES)}")
-        expect(activation in ACTIVATIONS, "activation", activation, f"one of {', '.join(ACTIVATIONS)}")
-        expect(method in ("auto", *METHODS), "method", method, f"auto or one of {', '.join(METHODS)}")
-        expect(bias in (True, False), "bias", bias, "True or False", TypeError)
+        expect(str(mode) in MODES, "mode", mode, f"one of {', '.join(MODES)}")
+        expect(str(activation) in ACTIVATIONS, "activation", activation, f"one of {', '.join(ACTIVATIONS)}")
+        expect(str(method) in ("auto", *METHODS), "method", method, f"auto or one of {', '.join(METHODS)}")
+        expect(isinstance(bias, int) and bias in (0, 1), "bias", bias, "True or False", TypeError)
         self.input_size, self.hidden_size = check_size("input_size", input_size), check_size("hidden_size", hidden_size)
         self.kernel_size, self.zoneout = check_size("kernel_size", kernel_size), check_probability("zoneout", zoneout)
         self.mode, self.activation, self.method = mode, activation, method
@@ -392,7 +392,7 @@ def expect(holds: bool, name: str, given: object, expected: str, error: type[Exc
 
 def check_size(name: str, given: int, least: int = 1) -> int:
     """Return a whole number of at least `least`, of any integer type, as an int."""
-    expect(hasattr(given, "__index__") and not isinstance(given, bool), name, given, "a whole number", TypeError)
+    expect(isinstance(given, Integral) and not isinstance(given, bool), name, given, "a whole number", TypeError)
     expect(given >= least, name, given, f"a whole number of at least {least}")
     return int(given)
 
@@ -418,23 +418,23 @@ def check_tensor(
         raise ShapeError(f"{name}: device {given.device} given, {device} expected; move it by .to(device)")
 
 
-def check_lengths(given: Tensor | Sequence[int], batch_size: int, time: int) -> Tensor:
+def check_lengths(given: Tensor | Sequence[int], size: int, time: int, name: str = "lengths", least: int = 0) -> Tensor:
     """Return lengths as int64. On a GPU the range is not checked, for that would make it wait."""
     try:
         lengths = torch.as_tensor(given)
     except (TypeError, ValueError, RuntimeError):
         lengths = torch.empty(0)
     whole = not (lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool)
-    expect(whole and lengths.shape == (batch_size,), "lengths", given, f"whole numbers of shape ({batch_size},)")
+    expect(whole and lengths.shape == (size,), name, given, f"whole numbers of shape ({size},)")
     lengths = lengths.long()  # small integer types do not hold T
     if lengths.device.type == "cpu" and not torch.compiler.is_compiling():
-        expect(bool(((lengths >= 0) & (lengths <= time)).all()), "lengths", given, f"numbers from 0 to T = {time}")
+        expect(bool(((lengths >= least) & (lengths <= time)).all()), name, given, f"numbers from {least} to {time}")
     return lengths
 
 
 def _checked(method: str, block_size: int, check: bool, arrays: dict[str, Tensor], h0: Tensor | None) -> list[Tensor]:
     """Return all arrays in at least float32, h0 last, as zeros if it is None."""
-    expect(method in ("auto", *METHODS), "method", method, f"auto or one of {', '.join(METHODS)}")
+    expect(str(method) in ("auto", *METHODS), "method", method, f"auto or one of {', '.join(METHODS)}")
     check_size("block_size", block_size)
     check_tensor("log_f", log_f := arrays["log_f"], ("B", "T", "H"))
     for name, array in arrays.items():

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qrnn_layer import MODES, QRNNLayer, QRNNState, check_probability, check_size, check_tensor, expect
+from qrnn_layer import MODES, QRNNLayer, QRNNState, check_lengths, check_probability, check_size, check_tensor, expect
 
 WHOLE = (torch.int64, torch.int32)  # dtypes of tokens and lengths
 
@@ -148,7 +148,7 @@ class QRNNSeq2Seq(nn.Module):
         for name, size in sizes.items():
             check_size(name, size)
         check_probability("dropout", dropout)
-        expect(mode in ("fo", "ifo"), "mode", mode, "fo or ifo, for attention needs an output gate (eq. 8),")
+        expect(str(mode) in ("fo", "ifo"), "mode", mode, "fo or ifo, for attention needs an output gate (eq. 8),")
         place = {"device": device, "dtype": dtype}
         options = {"mode": mode, "zoneout": zoneout, "activation": activation, "method": method, **place}
 
@@ -200,10 +200,7 @@ class QRNNSeq2Seq(nn.Module):
     def start(self, source: Tensor, source_lengths: Tensor | Sequence[int]) -> Seq2SeqState:
         """Encode the source; arguments and errors as in `forward`. The state is that of an empty target."""
         check_tensor("source", source, ("B", "S"), None, *WHOLE)
-        lengths = torch.as_tensor(source_lengths)
-        check_tensor("source_lengths", lengths, (len(source),), None, *WHOLE)
-        _check_range("source_lengths", lengths, 1, source.shape[1])
-        lengths = lengths.to(source.device)
+        lengths = check_lengths(source_lengths, *source.shape, "source_lengths", least=1).to(source.device)
         padding = torch.arange(source.shape[1], device=source.device) >= lengths.unsqueeze(1)  # (B, S)
         source = source.masked_fill(padding, 0)
         _check_range("source", source, 0, self.source_embedding.num_embeddings - 1)

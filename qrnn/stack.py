@@ -85,7 +85,12 @@ class QRNN(nn.Module):
         flags = {"bias": bias, "batch_first": batch_first, "bidirectional": bidirectional, "dense": dense}
         for name, flag in flags.items():  # a probability of dropout, most likely, one place too early
             expect(isinstance(flag, int) and flag in (0, 1), name, flag, "True or False", TypeError)
-        expect(proj_size == 0, "proj_size", proj_size, "0, for a QRNN has no projection of its outputs,")
+        expect(
+            isinstance(proj_size, int) and proj_size == 0,
+            "proj_size",
+            proj_size,
+            "0, for a QRNN has no projection of its outputs,",
+        )
         self.input_size, self.hidden_size = check_size("input_size", input_size), check_size("hidden_size", hidden_size)
         self.num_layers, self.dropout = check_size("num_layers", num_layers), check_probability("dropout", dropout)
         self.bias, self.batch_first, self.bidirectional, self.dense = (bool(flag) for flag in flags.values())

@@ -346,7 +346,7 @@ def test_lengths_are_of_any_integer_type(dtype):
 
 
 def test_sizes_are_of_any_integer_type():
-    layer = QRNNLayer(np.int64(4), np.int32(6), kernel_size=torch.tensor(2))
+    layer = QRNNLayer(np.int64(4), np.int32(6), kernel_size=np.uint8(2))
     assert [type(size) for size in (layer.input_size, layer.hidden_size, layer.kernel_size)] == [int] * 3
 
 
