@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -58,7 +57,6 @@ def prepare_data(config: Config) -> Data:
         batches: Batches = SentenceBatches(encoded["train"], config.batch_size, seed=config.seed)
     else:
         batches = StreamBatches(encoded["train"], config.batch_size, config.bptt)
-    words = "\n".join(" ".join(line) for split in (corpus.train, corpus.valid, corpus.test) for line in split)
     return Data(
         tokenizer,
         batches,
@@ -69,7 +67,7 @@ def prepare_data(config: Config) -> Data:
         {
             "name": corpus.name,
             "source": corpus.source,
-            "sha256_of_words": hashlib.sha256(words.encode()).hexdigest(),
+            "sha256_of_words": corpus.sha256_of_words,
             "vocabulary": tokenizer.get_vocab_size(),
             "padding": round(batches.padding, 4),
         }
