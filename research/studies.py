@@ -12,6 +12,7 @@ numerics   the plain closed form left to autograd beside `scan`; 1/4 h
 ptb        both models on the Penn Treebank as one stream, 15 epochs; 1 h
 ptb_short  the same with more forms of the QRNN, 3 epochs; 1/2 h
 wikitext2  both models on WikiText-2 as one stream with all its words; 1 1/2 h
+first_kernel  the QRNN of seeds with a first layer that sees one word, three seeds; 1/2 h
 
 --data is a folder with the files of WikiText-2, for numerics, ptb and ptb_short of the Penn Treebank.
 """
@@ -185,8 +186,15 @@ def wikitext2() -> Jobs:
     return {label: Job(f"{flags} --models {model}") for model, label in NAMES.items()}
 
 
+def first_kernel() -> Jobs:
+    """One word in the first layer, two in the second: the QRNNs of `seeds` see two in both."""
+    flags = f"{SMALL} --models qrnn --first-kernel-size 1 --hidden 292"
+    return {f"QRNN, seed {seed}": Job(f"{flags} --seed {seed}") for seed in range(3)}
+
+
 STUDIES: dict[str, Callable[[], Jobs]] = {
-    study.__name__: study for study in (seeds, ablation, longer, tuned, numerics, ptb, ptb_short, wikitext2)
+    study.__name__: study
+    for study in (seeds, ablation, longer, tuned, numerics, ptb, ptb_short, wikitext2, first_kernel)
 }
 
 

@@ -75,6 +75,14 @@ def test_compared_models_have_as_many_recurrent_parameters(study):
     assert max(counts) < 1.01 * counts[0] and min(counts) > 0.99 * counts[0]
 
 
+def test_one_word_in_the_first_layer_costs_no_parameters():
+    one, two = (
+        count_parameters(build_model(parse(STUDIES[study]()["QRNN, seed 0"].flags.split(), PRESETS), "qrnn", 10).rnn)
+        for study in ("first_kernel", "seeds")
+    )
+    assert 0.99 * two < one < 1.01 * two
+
+
 def test_compared_models_get_the_trial_that_was_best_on_validation(tmp_path, monkeypatch):
     monkeypatch.setattr(studies, "RESULTS", tmp_path)
     write_tuning(tmp_path)
