@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -283,11 +284,11 @@ def layout(data: dict[str, Any], config: Config) -> Layout:
             f"characters left out; {data['valid_pairs']:,} pairs for validation and {data['test_pairs']:,} for test, "
             f"none left out; {data['vocabulary']:,} characters, {100 * data['padding']:.1f} % padding.",
         ],
-        sections=sections,
+        sections=partial(sections, backwards=config.reverse),
     )
 
 
-def sections(results: list[dict[str, Any]], folder: Path) -> list[str]:
+def sections(results: list[dict[str, Any]], folder: Path, backwards: bool) -> list[str]:
     """The end of the report: how the scores were made, what the models write, and where they look."""
     lines = []
     for result in results:
@@ -306,26 +307,32 @@ def sections(results: list[dict[str, Any]], folder: Path) -> list[str]:
         lines += ["```"]
     for result in results:
         name = f"attention-{result['model']}.png"
-        write_file(folder / name, draw_attention(result["attention"]))
+        write_file(folder / name, draw_attention(result["attention"], backwards))
         lines += ["", f"## Where the {NAMES[result['model']]} looks", "", f"![attention]({name})"]
     return lines
 
 
-def draw_attention(attention: dict[str, Any]) -> bytes:
-    """A PNG: a row for each character that was written, from top to bottom, a column for each of the source."""
-    weights = [[int(number) for number in row.split()] for row in attention["per_cent"]]
-    size = 0.17  # inches a character
-    figure = Figure(figsize=(2 + size * len(weights[0]), 1 + size * len(weights)), layout="constrained")
+def draw_attention(attention: dict[str, Any], backwards: bool) -> bytes:
+    """A PNG: a column for each character that was written, a row for each of the source, from top to bottom.
+
+    Args:
+        attention: see `Translating.attention`.
+        backwards: whether the model read the source from its end.
+    """
+    weights = [[int(number) for number in row.split()] for row in attention["per_cent"]]  # written x source
+    size = 0.115  # inches a character: a phone shows a sentence
+    figure = Figure(figsize=(1.2 + size * len(weights), 1.2 + size * len(weights[0])), layout="constrained")
     axis = figure.subplots()
-    image = axis.imshow(weights, cmap="Blues", vmin=0, vmax=100, aspect="auto")
-    axis.set_xticks(range(len(weights[0])), map(visible, attention["source"]))
-    axis.set_yticks(range(len(weights)), [*map(visible, attention["translation"]), "end"])
-    axis.tick_params(length=0, labeltop=True, labelbottom=False)
-    axis.set(xlabel="source", ylabel="translation")
+    image = axis.imshow(list(zip(*weights, strict=True)), cmap="Blues", vmin=0, vmax=100, aspect="auto")
+    axis.set_yticks(range(len(weights[0])), map(visible, attention["source"]), fontsize=8, ha="center")
+    axis.set_xticks(range(len(weights)), [*map(visible, attention["translation"]), "end"], fontsize=8)
+    axis.tick_params(length=0, labeltop=True, labelbottom=False, pad=5)
+    order = "read backwards: from the bottom up" if backwards else "read from the top down"
+    axis.set(xlabel="translation, as it is written", ylabel=f"source, {order}")
     axis.xaxis.set_label_position("top")
-    figure.colorbar(image, label="attention, per cent", fraction=0.05, shrink=0.5)
+    figure.colorbar(image, label="attention, per cent", orientation="horizontal", fraction=0.03, shrink=0.8, pad=0.02)
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
+    figure.savefig(buffer, format="png", dpi=200)
     return buffer.getvalue()
 
 
