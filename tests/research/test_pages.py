@@ -180,14 +180,10 @@ def test_ahead_is_who_the_interval_says():
 
 
 def test_comparisons_have_as_many_runs_of_one_as_of_the_other(write, monkeypatch):
-    write(
-        "seeds",
-        a=run("qrnn", 90.0, 80.0),
-        b=run("qrnn", 92.0, 82.0),
-        c=run("lstm", 95.0, 90.0),
-        d=run("lstm", 95.0, 90.5),
-    )
-    write("longer", **dense, c=run("lstm", 50.0, None, dense=True))
+    scores = {"a": ("qrnn", 80.0), "b": ("qrnn", 82.0), "c": ("lstm", 90.0), "d": ("lstm", 90.5)}
+    write("seeds", **{label: run(name, 95.0, test) for label, (name, test) in scores.items()})
+    dense = {label: run("qrnn", valid, None, dense=True) for label, valid in (("a", 60.0), ("b", 55.0))}
+    write("longer", **dense)
     write("ptb", a=run("qrnn", 70.0, 60.0))
     monkeypatch.setitem(comparison.ALL, "film reviews, accuracy in %", lambda: None)
     (row,) = cells(comparison.BLOCKS["comparison"]())
