@@ -17,7 +17,7 @@ from pandas import DataFrame
 
 from benchmarks.record import Benchmark, NotMeasured
 from benchmarks.tables import growth, paper_speed
-from examples.translation.__main__ import draw_attention
+from examples.translation.attention import draw_attention
 from lab.report import NAMES, STYLES
 from research.record import RESULTS, finished_runs, load
 from research.tables import spans

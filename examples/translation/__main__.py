@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import sys
 import time
@@ -16,11 +15,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator, PartialState
-from matplotlib.figure import Figure
 from sacrebleu.metrics import BLEU, CHRF
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from examples.translation.attention import draw_attention, visible
 from examples.translation.config import PRESETS, Config
 from examples.translation.data import (
     BOS,
@@ -310,35 +309,6 @@ def sections(results: list[dict[str, Any]], folder: Path, backwards: bool) -> li
         write_file(folder / name, draw_attention(result["attention"], backwards))
         lines += ["", f"## Where the {NAMES[result['model']]} looks", "", f"![attention]({name})"]
     return lines
-
-
-def draw_attention(attention: dict[str, Any], backwards: bool) -> bytes:
-    """A PNG: a column for each character that was written, a row for each of the source, from top to bottom.
-
-    Args:
-        attention: see `Translating.attention`.
-        backwards: whether the model read the source from its end.
-    """
-    weights = [[int(number) for number in row.split()] for row in attention["per_cent"]]  # written x source
-    size = 0.115  # inches a character: a phone shows a sentence
-    figure = Figure(figsize=(1.2 + size * len(weights), 1.2 + size * len(weights[0])), layout="constrained")
-    axis = figure.subplots()
-    image = axis.imshow(list(zip(*weights, strict=True)), cmap="Blues", vmin=0, vmax=100, aspect="auto")
-    axis.set_yticks(range(len(weights[0])), map(visible, attention["source"]), fontsize=8, ha="center")
-    axis.set_xticks(range(len(weights)), [*map(visible, attention["translation"]), "end"], fontsize=8)
-    axis.tick_params(length=0, labeltop=True, labelbottom=False, pad=5)
-    order = "read backwards: from the bottom up" if backwards else "read from the top down"
-    axis.set(xlabel="translation, as it is written", ylabel=f"source, {order}")
-    axis.xaxis.set_label_position("top")
-    figure.colorbar(image, label="attention, per cent", orientation="horizontal", fraction=0.03, shrink=0.8, pad=0.02)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=200)
-    return buffer.getvalue()
-
-
-def visible(character: str) -> str:
-    """A blank as a sign that can be seen."""
-    return "\N{OPEN BOX}" if character == " " else character
 
 
 # --- translating -----------------------------------------------------------------------------------------------------

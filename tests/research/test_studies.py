@@ -1,4 +1,4 @@
-"""The runs behind the README's results: their flags, the script that makes them, the search for settings."""
+"""The runs behind the pages of results: their flags, the script that makes them, the search for settings."""
 
 from __future__ import annotations
 
