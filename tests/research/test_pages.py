@@ -45,12 +45,13 @@ def test_a_block_in_a_sentence_does_not_begin_a_line(page):
 @EVERY_PAGE
 def test_links_lead_somewhere_and_figures_have_a_text(page):
     text = page.read_text()
-    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text):
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text) + re.findall(r'<img src="([^"]*)"', text):
         assert target.startswith("https://") or (page.parent / target).exists(), target
     for name, target in re.findall(r"\]\(([^)#]*)#([^)]*)\)", text):
         headings = re.findall(r"^#+ (.*)$", (page.parent / name if name else page).read_text(), re.MULTILINE)
         assert target in {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}, target
-    assert all(len(words) > 40 for words in re.findall(r"!\[([^]]*)\]", text))
+    texts = re.findall(r"!\[([^]]*)\]", text) + re.findall(r'<img [^>]*?alt="([^"]*)"', text)
+    assert len(texts) == text.count("docs/images/") and all(len(words) > 40 for words in texts)
 
 
 def test_every_figure_is_on_a_page():
