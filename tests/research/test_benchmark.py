@@ -355,6 +355,17 @@ def test_only_some_tables_are_measured_and_the_others_kept(content, folder, tmp_
     assert after["provenance"]["command"].endswith(" --budget 0; again")
 
 
+def test_what_is_on_record_stays_until_all_tables_are_measured(folder, tmp_path, monkeypatch):
+    path = tmp_path / "benchmark-cpu.json"
+    path.write_text((folder / "benchmark-cpu.json").read_text())
+    before = path.read_bytes()
+    broken = {"roofline": TABLES["roofline"], "profile": lambda *_: 1 / 0}
+    monkeypatch.setattr(benchmark, "TABLES", broken)
+    with pytest.raises(ZeroDivisionError):
+        main(["--device", "cpu", "--budget", "0"], TINY, tmp_path)
+    assert path.read_bytes() == before
+
+
 def test_tables_of_different_runs_are_not_mixed(content, folder, tmp_path, capsys):
     path = tmp_path / "benchmark-cpu.json"
     path.write_text((folder / "benchmark-cpu.json").read_text())
