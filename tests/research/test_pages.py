@@ -250,7 +250,7 @@ def different(run: dict, job: studies.Job) -> set[str]:
     """The settings in which the run differs from the job; those that are younger than the run do not count."""
     chosen = json.loads(json.dumps(studies.settings(job)))
     if job.module == "research.closed_form":
-        chosen["method"] = "log"  # as it says to experiment.py
+        del chosen["method"]  # which counts for nothing there
     return {name for name, value in chosen.items() if run["config"].get(name, value) != value}
 
 

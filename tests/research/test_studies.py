@@ -13,7 +13,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import qrnn_layer
 from experiment import build_model
 from lab.command_line import parse
 from lab.corpora import load_corpus
@@ -22,7 +21,7 @@ from lab.presets import PRESETS
 from lab.run import count_parameters
 from lab.synthetic import sample_sentences
 from qrnn import QRNN
-from qrnn_layer import pool
+from qrnn_layer import QRNNLayer, QRNNState
 from research import closed_form, context, studies, tune
 from research.studies import STUDIES, Job, identity, main
 
@@ -200,25 +199,39 @@ def test_a_forgotten_flag_is_one_line(script, capsys):
     assert "--data" in line
 
 
-def test_the_plain_closed_form_is_the_recurrence():
-    log_f, x = -torch.rand(2, 9, 3, dtype=torch.float64), torch.rand(2, 9, 3, dtype=torch.float64)
-    h0 = torch.randn(2, 3, dtype=torch.float64)
-    exact = pool(log_f, x.log(), h0, method="loop")
-    torch.testing.assert_close(closed_form.recurrence(log_f, x, h0, "log", positive=True), exact)
+@pytest.mark.parametrize("mode", ["f", "fo", "ifo"])
+def test_the_plain_closed_form_is_the_recurrence(mode):
+    layer = QRNNLayer(4, 5, mode=mode, activation="softplus", dtype=torch.float64)
+    plain, x = closed_form.by_closed_form(layer), torch.randn(2, 9, 4, dtype=torch.float64)
+    state = QRNNState(torch.randn(2, 5, dtype=torch.float64), torch.randn(2, 1, 4, dtype=torch.float64))
+    torch.testing.assert_close(plain(x, state)[0], layer(x, state)[0])
+    wanted, found = (torch.autograd.grad(one(x, state)[0].square().sum(), one.weight)[0] for one in (layer, plain))
+    torch.testing.assert_close(found, wanted)
     with torch.no_grad():  # evaluation
-        torch.testing.assert_close(closed_form.recurrence(log_f, x, h0, "log", positive=True), exact)
+        assert torch.equal(plain(x, state)[0], layer(x, state)[0])
+
+
+def test_the_plain_closed_form_is_left_to_autograd():
+    layer = closed_form.by_closed_form(QRNNLayer(4, 5, activation="softplus", zoneout=0.5))
+    h, _ = layer(torch.randn(2, 9, 4))
+    seen, nodes = set(), [h.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        seen.add(node.name())
+        nodes += [other for other, _ in node.next_functions if other is not None]
+    assert any("Logcumsumexp" in name for name in seen) and not any("Pool" in name for name in seen)
+    h.sum().backward()
+    assert layer.weight.grad.isfinite().all()
 
 
 def test_the_plain_closed_form_trains(data, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(qrnn_layer, "_recurrence", qrnn_layer._recurrence)  # is put back
-    monkeypatch.setattr(closed_form.experiment.Config, "prefix", "")  # as well
     flags = [*TINY.split(), "--models", "qrnn", "--data", str(data)]
     assert closed_form.main([*flags, "--name", "plain", "--zoneout", "0.5"]) == 0
-    assert qrnn_layer._recurrence is closed_form.recurrence
-    assert closed_form.main([*flags, "--name", "signed", "--activation", "tanh"]) == 2
+    for wrong in (["--activation", "tanh"], ["--generate", "the"]):
+        assert closed_form.main([*flags, "--name", "other", *wrong]) == 2
+        assert wrong[0] in capsys.readouterr().err and not (tmp_path / "runs" / "other").exists()
     assert closed_form.main(flags) == 0 and (tmp_path / "runs" / "closed-form-demo-0").is_dir()
-    assert "--activation tanh" in capsys.readouterr().err
 
 
 def test_every_number_of_known_words_is_asked_of_the_same_words(monkeypatch):
