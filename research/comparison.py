@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
+import pandas as pd
 from pandas import DataFrame, Series
 from scipy.stats import ttest_ind
 
@@ -63,6 +64,12 @@ def best_dense() -> Compared | None:
     return compare(dense, "valid_perplexity")
 
 
+def one_word_first() -> Compared | None:
+    """Return the QRNNs whose first layer sees one word, and the LSTMs of `seeds`."""
+    runs = [finished_runs("first_kernel"), finished_runs("seeds").query("model == 'lstm'")]
+    return compare(pd.concat(runs), "test_perplexity")
+
+
 def reviews() -> Compared:
     """Return the accuracies on the test reviews."""
     accuracies = {model["model"]: Series([model["test"]["accuracy"]]) for model in load("sentiment.json")["models"]}
@@ -82,7 +89,10 @@ COMPARISONS: dict[str, Callable[[], Compared | None]] = {
 }
 
 
-ALL = COMPARISONS | {"WikiText-2, sentences, dense, validation perplexity": best_dense}
+ALL = COMPARISONS | {
+    "WikiText-2, sentences, first layer k = 1, perplexity": one_word_first,
+    "WikiText-2, sentences, dense, validation perplexity": best_dense,
+}
 
 
 def compared(comparisons: dict[str, Callable[[], Compared | None]], verdict: bool) -> str:
@@ -98,12 +108,12 @@ def compared(comparisons: dict[str, Callable[[], Compared | None]], verdict: boo
 
 
 def verdict() -> str:
-    """Who is ahead in which comparison, in a sentence."""
+    """Who is better in which comparison, in a sentence."""
     pairs = {label: make() for label, make in ALL.items()}
-    won = [f"{pair.winner} in {label}" for label, pair in pairs.items() if pair and pair.winner]
+    won = [f"the {pair.winner} ({label})" for label, pair in pairs.items() if pair and pair.winner]
     if not won:
         return "no interval leaves out zero, so none of these comparisons says that one of the two is better."
-    return f"ahead are {'; '.join(won)}. The others do not say which is better."
+    return f"the interval says so for {', '.join(won)}, and in no other row."
 
 
 BLOCKS: dict[str, Callable[[], str]] = {

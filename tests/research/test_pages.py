@@ -189,7 +189,8 @@ def test_comparisons_have_as_many_runs_of_one_as_of_the_other(write, monkeypatch
     monkeypatch.setitem(comparison.ALL, "film reviews, accuracy in %", lambda: None)
     (row,) = cells(comparison.BLOCKS["comparison"]())
     assert row[:3] == ["WikiText-2, sentences, perplexity", "81.00", "90.25"] and row[3].startswith("-9.25 (-")
-    assert comparison.best_dense() is None
+    assert comparison.best_dense() is comparison.one_word_first() is None
+    assert "no interval" in comparison.verdict()
     write(
         "longer",
         a=run("qrnn", 60.0, None, dense=True),
@@ -197,6 +198,9 @@ def test_comparisons_have_as_many_runs_of_one_as_of_the_other(write, monkeypatch
         c=run("lstm", 50.0, None, dense=True),
     )
     assert comparison.best_dense().gap == 5.0
+    write("first_kernel", a=run("qrnn", 90.0, 70.0), b=run("qrnn", 90.0, 70.2))
+    assert comparison.one_word_first().gap == pytest.approx(-20.15)
+    assert "QRNN (WikiText-2, sentences, first layer k = 1" in comparison.verdict()
 
 
 # --- figures ---------------------------------------------------------------------------------------------------------
