@@ -134,7 +134,7 @@ class QRNNLayer(nn.Module):
             lengths = check_lengths(lengths, batch_size, time).to(x.device)
             padding = (torch.arange(time, device=x.device) >= lengths.unsqueeze(1)).unsqueeze(2)  # (B, T, 1)
             x = x.masked_fill(padding, 0)
-        seen = torch.cat([state.window.to(x.dtype), x], dim=1)  # (B, K-1+T, F)
+        seen = torch.cat([state.window.to(x.dtype).transpose(0, 1), x.transpose(0, 1)]).transpose(0, 1)  # (B, K-1+T, F)
         h, c = self._run(seen, state.c, self._keep(x, padding))
         if lengths is None:
             return h, QRNNState(c, seen[:, time:].clone())  # a view would keep the whole sequence in memory

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qrnn.fast import FastQRNNLayer
 from qrnn_layer import MODES, QRNNLayer, QRNNState, check_lengths, check_probability, check_size, check_tensor, expect
 
 WHOLE = (torch.int64, torch.int32)  # dtypes of tokens and lengths
@@ -28,7 +29,7 @@ WHOLE = (torch.int64, torch.int32)  # dtypes of tokens and lengths
 # --- the layers -------------------------------------------------------------------------------------------------------
 
 
-class CentredLayer(QRNNLayer):
+class CentredLayer(FastQRNNLayer):
     """An encoder's layer that sees ahead: step t sees the inputs t - K // 2 ... t + (K - 1) // 2.
 
     It takes no state, since it must be given whole sequences.
@@ -159,7 +160,7 @@ class QRNNSeq2Seq(nn.Module):
                 layer_class(size, hidden_size, width, **options) for size, width in zip(features, widths, strict=True)
             )
 
-        self.encoder = stack(QRNNLayer if causal_encoder else CentredLayer, first_kernel_size)
+        self.encoder = stack(FastQRNNLayer if causal_encoder else CentredLayer, first_kernel_size)
         self.decoder = stack(DecoderLayer, kernel_size)
         self.source_embedding = nn.Embedding(source_vocabulary, embedding_size, **place)
         self.target_embedding = nn.Embedding(target_vocabulary, embedding_size, **place)

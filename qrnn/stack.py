@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from qrnn_layer import QRNNLayer, QRNNState, check_probability, check_size, check_tensor, expect
+from qrnn.fast import FastQRNNLayer
+from qrnn_layer import QRNNState, check_probability, check_size, check_tensor, expect
 
 State = Tensor | tuple  # see `QRNN`
 
@@ -106,7 +107,7 @@ class QRNN(nn.Module):
         features, width = self.input_size, first_kernel_size
         for _ in range(self.num_layers):
             for _ in range(directions):
-                self.layers.append(QRNNLayer(features, self.hidden_size, width, mode, zoneout, **options))
+                self.layers.append(FastQRNNLayer(features, self.hidden_size, width, mode, zoneout, **options))
             features, width = self.hidden_size * directions + (features if dense else 0), kernel_size
         widths = [layer.kernel_size for layer in self.layers]
         self._windows = dense or widths[0] > 1 or max(widths) > 2  # whether the state has windows beside h and c
@@ -159,7 +160,7 @@ class QRNN(nn.Module):
             return output.squeeze(0), _map(lambda part: part.squeeze(1), state)
         x = input if self.batch_first else input.transpose(0, 1)  # (B, T, F)
         output, state = self._stack(x, self._checked_state(hx, x))
-        return (output if self.batch_first else output.transpose(0, 1).contiguous()), state  # contiguous: for `view`
+        return (output if self.batch_first else output.transpose(0, 1)).contiguous(), state  # contiguous: for `view`
 
     def _forward_packed(self, packed: PackedSequence, hx: State | None) -> tuple[PackedSequence, State]:
         """Run in the packed order, longest sequence first; sort the state on the way in and back on the way out."""
