@@ -537,6 +537,16 @@ def test_check_button(browser: Browser, scene: int) -> None:
     assert "✓" in browser.evaluate(press)
 
 
+@pytest.mark.parametrize("scene", range(10))
+def test_is_drawn_anew_in_another_window(browser: Browser, scene: int) -> None:
+    browser.open(f"#scene={scene}")
+    for width in (90, 700):
+        browser.call("Emulation.setDeviceMetricsOverride", width=width, height=500, deviceScaleFactor=1, mobile=False)
+        browser.evaluate("dispatchEvent(new Event('resize'))")
+    assert 240 < browser.evaluate("document.querySelector('svg').getBBox().width") <= 700
+    assert browser.complaints() == []
+
+
 def test_light_and_dark(browser: Browser) -> None:
     seen = []
     for scheme in ("light", "dark"):
