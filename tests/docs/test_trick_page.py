@@ -141,6 +141,16 @@ def test_closed_form_is_that_of_the_library(core: Core, name: str, bias: int) ->
     assert (h == log_h[:, 0].exp().double()).double().mean() > 0.9
 
 
+def test_half_precision_is_summed_in_float32(core: Core) -> None:
+    """A running sum in float64 would differ in some steps of so many."""
+    setting = {"dtype": "float16", "bias": 4, "T": 16384}
+    log_f, x = core.sequence(**setting)
+    log_h, c = closed_form(log_f.unsqueeze(1), x.log().unsqueeze(1))
+    assert torch.equal(core.array("closed(logF, x, arithmetic(s)).c", **setting), c[:, 0].double())
+    h = core.array("closed(logF, x, arithmetic(s))", **setting)
+    assert (h == log_h[:, 0].exp().double()).double().mean() > 0.999
+
+
 @pytest.mark.parametrize("bias", [-2, 0, 3])
 @pytest.mark.parametrize("name", DTYPES)
 def test_ratio_breaks_at_the_same_step(core: Core, name: str, bias: int) -> None:
