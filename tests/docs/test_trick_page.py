@@ -477,6 +477,20 @@ def test_address_is_the_state(browser: Browser) -> None:
     assert browser.evaluate("[page.state.at, page.state.from]") == [12, 5]
 
 
+def test_every_scene_starts_in_its_own_way(browser: Browser) -> None:
+    browser.open("#scene=3&bias=2&seed=7")
+    assert browser.evaluate("[page.state.dtype, page.state.T, page.state.bias]") == ["float16", 64, 2]
+    for scene in (4, 5):
+        browser.press("ArrowRight")
+        browser.wait(lambda scene=scene: browser.evaluate("page.state.scene") == scene, "the next scene")
+    seen = "[page.state.dtype, page.state.T, page.state.bias, page.state.seed]"
+    assert browser.evaluate(seen) == ["float32", 1024, 0, 7]
+    browser.open("#scene=3&bias=2&seed=7&gate5=0.5")
+    browser.drag(browser.place("form button:nth-of-type(3)"))  # start again
+    assert browser.evaluate(seen) == ["float16", 64, 0, 1]
+    assert browser.evaluate("[location.hash, page.state.gate5]") == ["#scene=3", None]
+
+
 def test_nonsense_in_the_address_is_harmless(browser: Browser) -> None:
     browser.open("#scene=6&bias=x&T=1000&block=-3&dtype=float8&carry=&gate9=-1&gate0x=1&toString=1&submit=2&seed=1e9")
     state = browser.evaluate("page.state")
