@@ -441,8 +441,9 @@ def test_scene_9_agrees_with_the_library(browser: Browser, core: Core) -> None:
 
 
 def test_copied_python_gives_the_numbers(browser: Browser) -> None:
-    browser.open("#scene=9&bias=-1.5&T=256&gate30=0&gate3=0.5&input4=1.5&method=blocked&block=8&seed=3")
+    browser.open("#scene=9&bias=-1.5&T=32&gate20=0&gate31=0.5&input30=1.5&method=blocked&block=8&seed=3")
     code = browser.evaluate("document.querySelector('#stage pre').textContent")
+    assert 'method="blocked", block_size=8' in code
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
         exec(code, {})
@@ -459,6 +460,7 @@ def test_long_sequences_are_computed_in_a_worker(browser: Browser) -> None:
     browser.open("#scene=6&T=4096")
     field = "document.forms[0].elements.T"
     browser.evaluate(f"({field}.stepUp(2), {field}.dispatchEvent(new Event('input', {{ bubbles: true }})))")
+    time.sleep(1)  # long enough for the worker, which must not have started: the control is still held
     assert browser.evaluate("[page.state.T, page.result]") == [16384, None]
     browser.evaluate(f"{field}.dispatchEvent({CHANGE})")
     assert browser.result() == browser.evaluate("run(page.state)")
