@@ -19,7 +19,6 @@ from examples.sentiment.__main__ import (
     Prediction,
     Sentiment,
     accuracy,
-    build_model,
     main,
     most_certain,
     predict,
@@ -35,6 +34,7 @@ from examples.sentiment.data import (
     rt_polarity,
     synthetic,
 )
+from examples.sentiment.model import build_model
 from lab.batches import EOS_ID, build_vocabulary, encode
 from lab.checkpoint import load_checkpoint
 from lab.command_line import parse

@@ -16,7 +16,7 @@ import torch
 from sacrebleu.metrics import BLEU, CHRF
 
 from examples.translation import __main__ as translation
-from examples.translation.__main__ import Translating, build_model, build_qrnn, main, recurrent_part, scores, translate
+from examples.translation.__main__ import Translating, main, scores, translate
 from examples.translation.config import PRESETS
 from examples.translation.data import (
     BOS,
@@ -31,6 +31,7 @@ from examples.translation.data import (
     read_parallel,
     reversed_strings,
 )
+from examples.translation.model import build_model, build_qrnn, next_character_loss, recurrent_part
 from lab.batches import IGNORE
 from lab.command_line import parse
 from lab.corpora import CorpusError
@@ -401,7 +402,7 @@ def test_killed_and_resumed_is_as_never_killed():
 
 
 def test_interrupted_in_training_the_test_split_is_not_read(monkeypatch):
-    step, count = translation.next_character_loss, itertools.count()
+    step, count = next_character_loss, itertools.count()
 
     def stopping(*arguments):
         if next(count) == 40:  # beyond the steps that estimate the time
