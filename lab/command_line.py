@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import errno
 import io
 import itertools
+import os
+import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
 from typing import NoReturn, TypeVar
 
 import tyro
 
-from lab.checkpoint import CheckpointError
+from lab.checkpoint import CheckpointError, cause
 from lab.corpora import CorpusError
+from lab.processes import ElsewhereError
 from lab.run import RunConfig
 from lab.settings import InputError
 from lab.training import TrainingError
 
+PATIENCE = 10  # seconds that a process waits for another to say what is wrong
 AnyConfig = TypeVar("AnyConfig", bound=RunConfig)
 
 
@@ -65,20 +69,25 @@ def _without_box(message: str) -> str:
 def exit_code(command: Callable[[], int]) -> int:
     """What the command returns; 1 if it failed, 2 if its input was wrong, 130 if it was interrupted, each with one line
     on stderr."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # until here Ctrl-C ended it without a word
     try:
         return command()
-    except (InputError, CorpusError, CheckpointError) as error:
+    except (InputError, CorpusError, CheckpointError, ElsewhereError) as error:
         return _fail(str(error), 2)
     except TrainingError as error:
         return _fail(str(error), 1)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        return _fail("the disk is full; nothing that was written is lost: make room and go on with --resume", 1)
+        return _fail(f"{cause(error)}; nothing that was written is lost, --resume goes on", 1)
     except KeyboardInterrupt:
         return _fail("stopped at once; go on with --resume", 130)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"error: {message}", file=sys.stderr)
+    """Say in one process what is wrong; the others wait for their launcher, which ends all once that one has."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(PATIENCE)
     return code

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from lab.run import RunConfig
 from lab.settings import check_range
@@ -23,6 +23,8 @@ class Comparison:
     generate: str | None = None
     """Do not train: let the best models of the run NAME continue this text."""
 
+    models: tuple[Literal["qrnn", "lstm"], ...] = ("qrnn", "lstm")
+    """Which models to train, in this order."""
     corpus: Literal["wikitext-2", "ptb", "text", "synthetic"] = "wikitext-2"
     """What to train on. text: your own, train.txt, valid.txt and test.txt in the folder --data."""
     data: Path | None = None
@@ -81,6 +83,9 @@ class Config(RunConfig, Comparison):  # in --help the fields of the last base co
     A preset sets everything, each flag changes one thing. The comparison and all else goes to runs/NAME.
     Without a GPU start with --preset demo (a minute), then --preset small (40 minutes on 2 CPU cores).
     """
+
+    names: ClassVar[dict[str, str]] = {"qrnn": "QRNN", "lstm": "LSTM"}
+    free: ClassVar[frozenset[str]] = RunConfig.free | {"data", "generate"}
 
     def check(self) -> None:
         """Raises InputError: a value out of range."""

@@ -6,6 +6,7 @@ import ctypes
 import gc
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from importlib.metadata import version
@@ -27,7 +28,7 @@ def provenance(*, seed: int, device: str) -> dict[str, Any]:
     """
     status = _git("status", "--porcelain", "--untracked-files=no", "--", "*.py")  # not the results that it is about
     return {
-        "command": " ".join(["python", _script(), *map(_without_folder, sys.argv[1:])]),
+        "command": command(folders=False),
         "commit": _git("rev-parse", "HEAD"),
         "dirty": None if status is None else bool(status),
         "seed": seed,
@@ -42,6 +43,18 @@ def provenance(*, seed: int, device: str) -> dict[str, Any]:
         },
         "versions": {"python": platform.python_version()} | {name: version(name) for name in LIBRARIES},
     }
+
+
+def command(*, folders: bool) -> str:
+    """Return the command that runs, as a shell takes it.
+
+    Args:
+        folders: whether paths are named in full, as it takes to repeat it; results to be published name no folder.
+    """
+    processes = os.environ.get("WORLD_SIZE", "1")  # as torchrun says
+    launcher = ["python"] if processes == "1" else ["torchrun", f"--nproc-per-node={processes}"]
+    words = sys.argv[1:] if folders else map(_without_folder, sys.argv[1:])
+    return f"{' '.join(launcher)} {_script()} {shlex.join(words)}".rstrip()
 
 
 def _script() -> str:

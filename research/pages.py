@@ -20,9 +20,12 @@ from matplotlib.colors import LogNorm
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from lab.checkpoint import write_file
-from lab.report import NAMES, STYLES
+from lab.presets import Config
+from lab.report import styles
 from research import studies
 
+NAMES = Config.names
+STYLES = styles(NAMES)
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "research" / "results"
 README = ROOT / "README.md"

@@ -24,7 +24,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,14 +32,14 @@ from tqdm import tqdm
 
 from lab.checkpoint import write_file
 from lab.command_line import Parser, exit_code, parse
-from lab.presets import PRESETS
+from lab.presets import PRESETS, Config
 from lab.provenance import provenance
-from lab.report import NAMES
-from lab.run import FREE_TO_CHANGE, RUNS
+from lab.run import RUNS
 from lab.settings import InputError
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "research" / "results"
+NAMES = Config.names
 JOBS = 2  # runs at a time
 BF16 = " --amp bf16"
 SMALL = f"--preset small{BF16}"
@@ -264,8 +263,8 @@ def identity(job: Job, data: Path) -> str:
     Raises:
         InputError: a wrong flag.
     """
-    config = asdict(parse(job.flags.split(), PRESETS))
-    settings = {name: value for name, value in config.items() if name not in (*FREE_TO_CHANGE, "preset")}
+    settings = parse(job.flags.split(), PRESETS).deciding()
+    del settings["preset"]
     if settings["first_kernel_size"] is None:  # as in the runs on record, which had no such flag
         del settings["first_kernel_size"]
     text = json.dumps([job.module, data.name, settings], sort_keys=True)

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":  # while it imports, Ctrl-C ends it without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import hashlib
 import math
 import sys
@@ -18,9 +23,10 @@ from examples.sentiment.data import LABELS, Review, ReviewBatches, load_reviews,
 from examples.sentiment.model import Classifier, build_model, label_loss
 from lab.batches import build_vocabulary, encode
 from lab.command_line import exit_code, parse
-from lab.report import NAMES, Layout
+from lab.report import Layout
 from lab.run import Task, run
 
+NAMES = Config.names
 EVALUATION_ROWS = 32
 HEAD_REVIEWS = 4 * EVALUATION_ROWS  # of the validation split, to time evaluation on
 EXAMPLES = 3  # reviews of a kind that the report shows,

@@ -21,6 +21,8 @@ class Reading:
     mr: rt-polarity, give it by --data; 10 minutes on 2 CPU cores.
     paper: IMDb as in the QRNN paper; for a GPU."""
 
+    models: tuple[Literal["qrnn", "lstm"], ...] = ("qrnn", "lstm")
+    """Which models to train, in this order."""
     corpus: Literal["imdb", "rt-polarity", "synthetic"] = "imdb"
     """imdb: whole reviews, downloaded or from --data. rt-polarity: sentences, from --data. synthetic: generated."""
     data: Path | None = None
@@ -59,6 +61,8 @@ class Config(RunConfig, Reading):  # in --help the fields of the last base come 
     """
 
     prefix: ClassVar[str] = "sentiment-"
+    names: ClassVar[dict[str, str]] = {"qrnn": "QRNN", "lstm": "LSTM"}
+    free: ClassVar[frozenset[str]] = RunConfig.free | {"data", "glove"}
 
     def check(self) -> None:
         """Raises InputError: a value out of range."""

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":  # while it imports, Ctrl-C ends it without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import hashlib
 import io
 import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import PartialState
 from matplotlib.figure import Figure
 from sacrebleu.metrics import BLEU, CHRF
 from torch import Tensor, nn
@@ -36,13 +40,16 @@ from examples.translation.lstm_seq2seq import LSTMSeq2Seq
 from examples.translation.model import build_model, next_character_loss, recurrent_part
 from lab.checkpoint import write_file
 from lab.command_line import exit_code, parse
-from lab.report import NAMES, Layout
-from lab.run import FREE_TO_CHANGE, Task, load_best, read_record, run
+from lab.report import Layout
+from lab.run import Task, load_best, recorded, run
+from lab.run_folder import RunFolder
 from lab.settings import InputError
 from lab.training import evaluate, perplexity
 from qrnn.search import Hypothesis, beam_search
 from qrnn.seq2seq import QRNNSeq2Seq
 
+VOCABULARY = "vocabulary.json"
+NAMES = Config.names
 EVALUATION_ROWS = 32  # pairs a batch
 HEAD_PAIRS = 4 * EVALUATION_ROWS  # of the validation split, to time evaluation on
 SEARCH_ROWS = 32  # sentences that are translated at a time
@@ -100,7 +107,7 @@ class Translating(Task):
             "valid_pairs": len(self.text.valid),
             "test_pairs": len(self.text.test),
         }
-        self.files = {"vocabulary.json": json.dumps(self.vocabulary.characters) + "\n"}
+        self.files = {VOCABULARY: json.dumps(self.vocabulary.characters) + "\n"}
         self.layout = layout(self.fingerprint, config)
 
     def encode(self, pairs: list[Pair]) -> list[tuple[Tensor, Tensor]]:
@@ -287,20 +294,19 @@ def translate_sentence(config: Config, sentence: str) -> int:
     Raises:
         InputError, CheckpointError: there is no such run, or nothing in it.
     """
-    record, path = read_record(replace(config, resume=True)), config.folder / "vocabulary.json"
-    if record is None or not path.exists():
-        raise InputError(f"{config.folder} holds no run; train first, or give the --name or the --preset of one")
+    folder = RunFolder(config.folder)
+    record = folder.record(config.experiment)
     if not sentence:
         raise InputError("--translate: a sentence expected")
-    trained = replace(config, **{key: record["config"][key] for key in record["config"] if key not in FREE_TO_CHANGE})
-    vocabulary = Vocabulary(json.loads(path.read_text()))
+    trained = recorded(config, record)
+    vocabulary = Vocabulary(json.loads(folder.file(VOCABULARY, record)))
     unknown = sorted(set(sentence) - set(vocabulary.characters))
     if unknown:
         print(f"not in the vocabulary, read as unknown: {' '.join(map(visible, unknown))}", file=sys.stderr)
     source = encode_source(trained, vocabulary, sentence)
     for name in trained.models:
         model = build_model(trained, name, len(vocabulary))
-        epoch, loss = load_best(config.folder / name, model, Accelerator(cpu=True))
+        epoch, loss = load_best(folder.model(name, record), model)
         (best,) = translate(trained, model, [source])
         print(f"{name} (epoch {epoch}, validation perplexity {perplexity(loss):.3f}):")
         print(vocabulary.decode(best.tokens) + "\n")

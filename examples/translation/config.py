@@ -22,6 +22,8 @@ class Translation:
     translate: str | None = None
     """Do not train: let the best models of the run NAME translate this sentence."""
 
+    models: tuple[Literal["qrnn", "lstm"], ...] = ("qrnn", "lstm")
+    """Which models to train, in this order."""
     corpus: Literal["files", "reversed"] = "files"
     """What to train on. files: those in the folder --data. reversed: generated strings and their mirror images."""
     data: Path | None = None
@@ -78,6 +80,8 @@ class Config(RunConfig, Translation):  # in --help the fields of the last base c
     """
 
     prefix: ClassVar[str] = "translation-"
+    names: ClassVar[dict[str, str]] = {"qrnn": "QRNN", "lstm": "LSTM"}
+    free: ClassVar[frozenset[str]] = RunConfig.free | {"data", "translate"}
 
     def check(self) -> None:
         """Raises InputError: a value out of range."""

@@ -29,6 +29,7 @@ from lab.dense_lstm import DenseLSTM
 from lab.language_model import LanguageModel
 from lab.presets import PRESETS
 from lab.run import count_parameters
+from lab.run_folder import RunFolder
 from lab.settings import InputError
 from lab.synthetic import sample_sentences
 
@@ -324,7 +325,7 @@ def test_a_folder_in_which_another_process_trains_is_refused(capsys):
     arguments = [*TINY, "--name", "x", "--models", "qrnn"]
     assert main(arguments) == 0
     before = snapshot(Path("runs/x/qrnn"))
-    with comparison.only_process(Path("runs/x")):
+    with RunFolder(Path("runs/x")).locked():
         assert "runs/x is being trained by another process" in refused(capsys, [*arguments, "--resume"])
     assert snapshot(Path("runs/x/qrnn")) == before
     assert main([*arguments, "--resume"]) == 0
