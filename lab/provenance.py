@@ -54,10 +54,10 @@ def command(*, folders: bool) -> str:
     processes = os.environ.get("WORLD_SIZE", "1")  # as torchrun says
     launcher = ["python"] if processes == "1" else ["torchrun", f"--nproc-per-node={processes}"]
     words = sys.argv[1:] if folders else map(_without_folder, sys.argv[1:])
-    return f"{' '.join(launcher)} {_script()} {shlex.join(words)}".rstrip()
+    return f"{' '.join(launcher)} {script()} {shlex.join(words)}".rstrip()
 
 
-def _script() -> str:
+def script() -> str:
     """Name what runs: `-m MODULE`, or a script, from the project's folder if it lies there."""
     module = getattr(sys.modules["__main__"], "__spec__", None)  # None for a script
     if module is not None:
@@ -88,9 +88,17 @@ def _cpu_name() -> str:
 
 
 def _memory_gib() -> float | None:
+    memory = memory_bytes(torch.device("cpu"))
+    return None if memory is None else round(memory / 2**30, 1)
+
+
+def memory_bytes(device: torch.device) -> int | None:
+    """Return the memory of a GPU, else of the machine; None where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
     if "SC_PHYS_PAGES" not in getattr(os, "sysconf_names", {}):
         return None
-    return round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1)
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def keep_freed_memory() -> None:

@@ -23,7 +23,7 @@ from lab.processes import StopSignal, agree, main_first, main_only
 from lab.provenance import keep_freed_memory, provenance
 from lab.report import Layout, write_report
 from lab.run_folder import Content, ModelFolder, RunFolder
-from lab.settings import InputError, Settings
+from lab.settings import InputError, Settings, check_memory
 from lab.state import check_weights
 from lab.training import Batches, Step, Trainer, describe_time, evaluate, seconds_per_item
 
@@ -37,7 +37,7 @@ class Run:
     """Where it goes, and how far."""
 
     name: str | None = None
-    """Name of the run: its folder is runs/NAME. None: after the task, the preset, the corpus and the seed."""
+    """Name of the run: its folder is runs/NAME. none: after the task, the preset, the corpus and the seed."""
     test: bool = True
     """Read the test split when a model is finished. --no-test: not while you still choose settings."""
     resume: bool = False
@@ -152,6 +152,7 @@ def run(config: RunConfig, prepare: Callable[[int], Task]) -> int:
     folder = RunFolder(config.folder)
     main_first(accelerator, lambda: folder.look(config.experiment, config.resume))  # before data takes its time
     task = main_first(accelerator, lambda: prepare(accelerator.num_processes))
+    check_sizes(task, accelerator.device)
     with contextlib.ExitStack() as held:
 
         def begin() -> None:
@@ -210,10 +211,26 @@ def check_same(config: RunConfig, mine: Content, theirs: Content) -> None:
         raise InputError(f"{config.folder} was started with other settings: {', '.join(different)}")
 
 
+def check_sizes(task: Task, device: torch.device) -> None:
+    """Check that every model can be trained, before one is built.
+
+    Raises:
+        InputError: if the memory does not hold one.
+    """
+    for name in task.config.models:
+        with torch.device("meta"):  # shapes only
+            parameters = count_parameters(task.build(name))
+        what = f"{name} with --layers {task.config.layers}, --hidden {task.config.hidden}"
+        check_memory(f"{what}, --embedding {task.config.embedding}", parameters, device)
+
+
 def announce(task: Task, accelerator: Accelerator, folders: dict[str, ModelFolder]) -> None:
     """Print what will be trained, in which folders, and about how long it takes."""
-    config, unit = task.config, task.layout.unit
-    accelerator.print(f"{task.fingerprint['name']}: {len(task.train):,} batches, {task.train.tokens:,} {unit} an epoch")
+    config, data, unit = task.config, task.fingerprint, task.layout.unit
+    accelerator.print(f"{data['name']}: {len(task.train):,} batches, {task.train.tokens:,} {unit} an epoch")
+    asked = getattr(config, "vocabulary", None)
+    if asked is not None and data["vocabulary"] < asked:
+        accelerator.print(f"--vocabulary {asked:,}: the training text has {data['vocabulary']:,} words; all are known")
     lines, seconds = [], []
     for name, folder in folders.items():
         model = task.build(name)  # built again, from the seed, to be trained

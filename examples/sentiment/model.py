@@ -56,8 +56,10 @@ def build_qrnn(config: Config, hidden: int) -> QRNN:
         dropout=config.dropout if config.layers > 1 else 0.0,  # with one layer there is nothing between layers
         kernel_size=config.kernel_size,
         mode=config.mode,
+        zoneout=config.zoneout,
         activation=config.activation,
         dense=True,
+        method=config.method,
     )
 
 
@@ -68,7 +70,7 @@ def build_lstm(config: Config, hidden: int) -> DenseLSTM:
 def build_model(config: Config, name: str, vocabulary: int) -> Classifier:
     """The classifier "qrnn" or "lstm", initialised from the seed."""
     hidden, build = config.hidden, {"qrnn": build_qrnn, "lstm": build_lstm}[name]
-    if name == "lstm":
+    if name == "lstm" and config.match:
         with torch.device("meta"):
             target = count_parameters(build_qrnn(config, hidden))
         hidden = matched_width(target, lambda width: build_lstm(config, width))
