@@ -76,7 +76,8 @@ def write_file(path: Path, content: bytes | str) -> None:
         remove(aside)  # of a run that was killed
         try:
             with open(aside, "xb", opener=never_follow) as file:
-                file.write(content.encode() if isinstance(content, str) else content)
+                # names of folders may hold bytes that are no text
+                file.write(content.encode(errors="backslashreplace") if isinstance(content, str) else content)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(aside, path)
