@@ -20,11 +20,11 @@ from torch import nn
 
 from lab.batches import SentenceBatches, StreamBatches, build_vocabulary, encode
 from lab.command_line import exit_code, parse
-from lab.corpora import Corpus, length_filter, load_corpus, sentences
+from lab.corpora import Corpus, load_corpus, split_sentences
 from lab.dense_lstm import DenseLSTM
 from lab.language_model import LanguageModel, generate, next_word_loss
 from lab.presets import PRESETS, Config
-from lab.report import Layout
+from lab.report import Layout, fenced
 from lab.run import Task, count_parameters, load_best, matched_width, recorded, run
 from lab.run_folder import RunFolder
 from lab.settings import InputError
@@ -88,7 +88,7 @@ def split_up(corpus: Corpus, config: Config) -> tuple[list[list[str]], ...]:
     """The sequences of the three splits, in words."""
     if config.protocol == "stream" or corpus.floor is not None:  # the lines of the artificial language are sentences
         return corpus.train, corpus.valid, corpus.test
-    return length_filter(sentences(corpus.train)), sentences(corpus.valid), sentences(corpus.test)
+    return split_sentences(corpus)
 
 
 def evaluation_batches(config: Config, sequences: list[torch.Tensor]) -> Batches:
@@ -230,7 +230,7 @@ def samples(results: list[dict[str, Any]], folder: Path) -> list[str]:
     """The part of the report that shows what the models write."""
     lines = ["", "The samples below come from the same random draws."] if len(results) > 1 else []
     for result in results:
-        lines += ["", f"## A sample of the {NAMES[result['model']]}", "", "```text", result["sample"], "```"]
+        lines += ["", f"## A sample of the {NAMES[result['model']]}", "", *fenced([result["sample"]])]
     return lines
 
 

@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -193,6 +194,12 @@ def markdown(title: str, content: dict[str, Any], table: str, layout: Layout, se
         f"- corpus: {corpus['source']}",
     ]
     return "\n".join(lines) + "\n"
+
+
+def fenced(lines: list[str]) -> list[str]:
+    """Return lines of text as a block in Markdown, its fence longer than any row of backticks in it."""
+    fence = "`" * max(3, 1 + max((len(row) for line in lines for row in re.findall("`+", line)), default=0))
+    return [f"{fence}text", *lines, fence]
 
 
 def draw_curves(logs: dict[str, list[dict[str, float]]], layout: Layout, names: dict[str, str]) -> bytes:

@@ -8,13 +8,13 @@ if __name__ == "__main__":  # while it imports, Ctrl-C ends it without a traceba
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import hashlib
-import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from scipy.stats import binomtest
 from tokenizers import Tokenizer
 from torch import nn
 
@@ -23,7 +23,7 @@ from examples.sentiment.data import LABELS, Review, ReviewBatches, load_reviews,
 from examples.sentiment.model import Classifier, build_model, label_loss
 from lab.batches import build_vocabulary, encode
 from lab.command_line import exit_code, parse
-from lab.report import Layout
+from lab.report import Layout, fenced
 from lab.run import Task, run
 
 NAMES = Config.names
@@ -67,15 +67,13 @@ def predict(model: Classifier, batches: ReviewBatches) -> list[Prediction]:
 
 
 def accuracy(predictions: list[Prediction]) -> dict[str, float]:
-    """The accuracy and the ends of its 95 % confidence interval, in %.
+    """Return the accuracy and the ends of its 95 % confidence interval, in %.
 
-    Wilson's score interval (E. B. Wilson 1927, JASA 22, 209-212): unlike p +- z s it never leaves 0 to 100.
+    Wilson's score interval (E. B. Wilson 1927, JASA 22, 209-212) never leaves 0 to 100.
     """
-    count, z = len(predictions), 1.959964  # the normal distribution has 2.5 % above z
-    p = sum(prediction.right for prediction in predictions) / count
-    centre = (p + z**2 / (2 * count)) / (1 + z**2 / count)
-    half = z / (1 + z**2 / count) * math.sqrt(p * (1 - p) / count + (z / (2 * count)) ** 2)
-    return {"accuracy": 100 * p, "low": 100 * (centre - half), "high": 100 * (centre + half)}
+    right = sum(prediction.right for prediction in predictions)
+    interval = binomtest(right, len(predictions)).proportion_ci(method="wilson")
+    return {"accuracy": 100 * right / len(predictions), "low": 100 * interval.low, "high": 100 * interval.high}
 
 
 def describe_accuracy(measured: dict[str, float] | None) -> str:
@@ -104,14 +102,15 @@ def examples(results: list[dict[str, Any]], folder: Path) -> list[str]:
     """The part of the report that shows what the models are sure of."""
     lines = ["", "Validation reviews as the models read them, those with the surest predictions, right and wrong:"]
     for result in results:
-        lines += ["", f"## What the {NAMES[result['model']]} is surest of", "", "```text"]
+        lines += ["", f"## What the {NAMES[result['model']]} is surest of", ""]
+        shown = []
         for example in result["examples"]:
             verdict = "right" if example["predicted"] == example["label"] else "WRONG"
             words, more = example["words"][:EXAMPLE_WORDS], " ..." * (len(example["words"]) > EXAMPLE_WORDS)
-            lines.append(
+            shown.append(
                 f"{verdict}, {100 * example['probability']:.2f} % {example['predicted']}: {' '.join(words)}{more}"
             )
-        lines.append("```")
+        lines += fenced(shown)
     return lines
 
 
@@ -215,7 +214,7 @@ def main(arguments: Sequence[str]) -> int:
     """The exit code: 0, 1 if the run failed, 2 if the input was wrong, 130 if it was interrupted."""
 
     def command() -> int:
-        config = parse(["--preset=demo" if word == "--demo" else word for word in arguments], PRESETS)
+        config = parse(arguments, PRESETS)
         return run(config, lambda processes: Sentiment(config))
 
     return exit_code(command)

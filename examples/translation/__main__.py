@@ -8,7 +8,6 @@ if __name__ == "__main__":  # while it imports, Ctrl-C ends it without a traceba
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import hashlib
-import io
 import json
 import sys
 import time
@@ -18,11 +17,11 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from matplotlib.figure import Figure
 from sacrebleu.metrics import BLEU, CHRF
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from examples.translation.attention import draw_attention, visible
 from examples.translation.config import PRESETS, Config
 from examples.translation.data import (
     BOS,
@@ -40,7 +39,7 @@ from examples.translation.lstm_seq2seq import LSTMSeq2Seq
 from examples.translation.model import build_model, next_character_loss, recurrent_part
 from lab.checkpoint import write_file
 from lab.command_line import exit_code, parse
-from lab.report import Layout
+from lab.report import Layout, fenced
 from lab.run import Task, load_best, recorded, run
 from lab.run_folder import RunFolder
 from lab.settings import InputError
@@ -250,39 +249,16 @@ def sections(results: list[dict[str, Any]], folder: Path) -> list[str]:
             ]
     lines += ["", "## Translations of the validation split"]
     for same in zip(*(result["samples"] for result in results), strict=True):
-        lines += ["", "```text", f"source     {same[0]['source']}", f"reference  {same[0]['reference']}"]
-        lines += [
+        shown = [f"source     {same[0]['source']}", f"reference  {same[0]['reference']}"]
+        shown += [
             f"{NAMES[result['model']]:11}{sample['translation']}" for result, sample in zip(results, same, strict=True)
         ]
-        lines += ["```"]
+        lines += ["", *fenced(shown)]
     for result in results:
         name = f"attention-{result['model']}.png"
         write_file(folder / name, draw_attention(result["attention"]))
         lines += ["", f"## Where the {NAMES[result['model']]} looks", "", f"![attention]({name})"]
     return lines
-
-
-def draw_attention(attention: dict[str, Any]) -> bytes:
-    """A PNG: a row for each character that was written, from top to bottom, a column for each of the source."""
-    weights = [[int(number) for number in row.split()] for row in attention["per_cent"]]
-    size = 0.17  # inches a character
-    figure = Figure(figsize=(2 + size * len(weights[0]), 1 + size * len(weights)), layout="constrained")
-    axis = figure.subplots()
-    image = axis.imshow(weights, cmap="Blues", vmin=0, vmax=100, aspect="auto")
-    axis.set_xticks(range(len(weights[0])), map(visible, attention["source"]))
-    axis.set_yticks(range(len(weights)), [*map(visible, attention["translation"]), "end"])
-    axis.tick_params(length=0, labeltop=True, labelbottom=False)
-    axis.set(xlabel="source", ylabel="translation")
-    axis.xaxis.set_label_position("top")
-    figure.colorbar(image, label="attention, per cent", fraction=0.05, shrink=0.5)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
-    return buffer.getvalue()
-
-
-def visible(character: str) -> str:
-    """A blank as a sign that can be seen."""
-    return "\N{OPEN BOX}" if character == " " else character
 
 
 # --- translating -----------------------------------------------------------------------------------------------------
@@ -320,8 +296,7 @@ def main(arguments: Sequence[str]) -> int:
     """The exit code: 0, 1 if the run failed, 2 if the input was wrong, 130 if it was interrupted."""
 
     def command() -> int:
-        words = ["--preset=demo" if word == "--demo" else word for word in arguments]
-        config = parse(words, PRESETS)
+        config = parse(arguments, PRESETS)
         if config.translate is not None:
             return translate_sentence(config, config.translate)
         return run(config, lambda _: Translating(config))

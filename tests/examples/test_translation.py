@@ -431,12 +431,12 @@ def refused(capsys: pytest.CaptureFixture, arguments: list[str]) -> str:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     (
-        (["--preset", "huge"], "huge"),
-        (["--models", "gru"], "gru"),
-        (["--mode", "f"], "f"),
         (["--hidden", "0"], "--hidden 0"),
         (["--beam-size", "0"], "--beam-size 0"),
         (["--length-penalty", "nan"], "--length-penalty nan"),
+        (["--beam-size", "100000000000000000000"], "--beam-size 100000000000000000000"),
+        (["--length-penalty", "1000"], "--length-penalty 1000"),
+        (["--corpus", "reversed"], "--data text"),
         (["--dropout", "1.5"], "--dropout 1.5"),
         (["--max-length", "0"], "--max-length 0"),
         (["--max-length", "2"], "--max-length"),
