@@ -12,6 +12,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -233,11 +234,11 @@ def layout(data: dict[str, Any], config: Config) -> Layout:
             f"characters left out; {data['valid_pairs']:,} pairs for validation and {data['test_pairs']:,} for test, "
             f"none left out; {data['vocabulary']:,} characters, {100 * data['padding']:.1f} % padding.",
         ],
-        sections=sections,
+        sections=partial(sections, backwards=config.reverse),
     )
 
 
-def sections(results: list[dict[str, Any]], folder: Path) -> list[str]:
+def sections(results: list[dict[str, Any]], folder: Path, backwards: bool) -> list[str]:
     """The end of the report: how the scores were made, what the models write, and where they look."""
     lines = []
     for result in results:
@@ -256,7 +257,7 @@ def sections(results: list[dict[str, Any]], folder: Path) -> list[str]:
         lines += ["", *fenced(shown)]
     for result in results:
         name = f"attention-{result['model']}.png"
-        write_file(folder / name, draw_attention(result["attention"]))
+        write_file(folder / name, draw_attention(result["attention"], backwards))
         lines += ["", f"## Where the {NAMES[result['model']]} looks", "", f"![attention]({name})"]
     return lines
 

@@ -9,33 +9,37 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, fontManager, get_font
 
 
-def draw_attention(attention: dict[str, Any]) -> bytes:
-    """Draw the weights of a sentence: a row for each character that was written, a column for each of the source.
+def draw_attention(attention: dict[str, Any], backwards: bool) -> bytes:
+    """Draw the weights of a sentence: a column for each character that was written, a row for each of the source.
 
     Args:
-        attention: "source", "translation", and "per_cent": the weights of each row as whole numbers with blanks.
+        attention: "source", "translation", and "per_cent": for each character that was written the weights of the
+            source from its beginning on, as whole numbers with blanks.
+        backwards: whether the model read the source from its end.
 
     Returns:
         a PNG.
     """
-    weights = [[int(number) for number in row.split()] for row in attention["per_cent"]]
-    size = 0.17  # inches a character
-    figure = Figure(figsize=(2 + size * len(weights[0]), 1 + size * len(weights)), layout="constrained")
+    weights = [[int(number) for number in row.split()] for row in attention["per_cent"]]  # written x source
+    size = 0.115  # inches a character: a sentence is legible on a phone
+    figure = Figure(figsize=(1.2 + size * len(weights), 1.2 + size * len(weights[0])), layout="constrained")
     axis = figure.subplots()
-    image = axis.imshow(weights, cmap="Blues", vmin=0, vmax=100, aspect="auto")
+    image = axis.imshow(list(zip(*weights, strict=True)), cmap="Blues", vmin=0, vmax=100, aspect="auto")
     fonts, lacking = fonts_for({*attention["source"], *attention["translation"]})
-    across, down = (
+    down, across = (
         [code(character) if character in lacking else visible(character) for character in attention[side]]
         for side in ("source", "translation")
     )
-    axis.set_xticks(range(len(weights[0])), across, rotation=90 if max(map(len, across)) > 1 else 0, family=fonts)
-    axis.set_yticks(range(len(weights)), [*down, "end"], family=fonts)
-    axis.tick_params(length=0, labeltop=True, labelbottom=False)
-    axis.set(xlabel="source", ylabel="translation")
+    turned = 90 if max(map(len, across), default=0) > 1 else 0
+    axis.set_xticks(range(len(weights)), [*across, "end"], rotation=turned, family=fonts, fontsize=8)
+    axis.set_yticks(range(len(weights[0])), down, family=fonts, fontsize=8, ha="center")
+    axis.tick_params(length=0, labeltop=True, labelbottom=False, pad=5)
+    order = "read backwards: from the bottom up" if backwards else "read from the top down"
+    axis.set(xlabel="translation, as it is written", ylabel=f"source, {order}")
     axis.xaxis.set_label_position("top")
-    figure.colorbar(image, label="attention, per cent", fraction=0.05, shrink=0.5)
+    figure.colorbar(image, label="attention, per cent", orientation="horizontal", fraction=0.03, shrink=0.8, pad=0.02)
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
+    figure.savefig(buffer, format="png", dpi=200)
     return buffer.getvalue()
 
 

@@ -16,6 +16,7 @@ import torch
 from sacrebleu.metrics import BLEU, CHRF
 
 from examples.translation import __main__ as translation
+from examples.translation import attention
 from examples.translation.__main__ import Translating, main, scores, translate
 from examples.translation.config import PRESETS
 from examples.translation.data import (
@@ -354,6 +355,17 @@ def test_the_report_shows_scores_translations_and_attention(capsys):
         assert all(len(row) == len(attention["source"]) and 95 <= sum(row) <= 105 for row in rows)
         assert f"![attention](attention-{model['model']}.png)" in report
         assert Path(f"runs/x/attention-{model['model']}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_characters_that_no_font_has_are_shown_by_their_code(monkeypatch):
+    """Else Matplotlib warns, which is an error here, and draws boxes."""
+    source, written = "ein \u4e2d\u65e5 \N{SLIGHTLY SMILING FACE} \N{CYRILLIC SMALL LETTER ZHE}", "a \u732b"
+    weights = [" ".join(["9"] * len(source))] * (len(written) + 1)
+    own = [font for font in attention.fontManager.ttflist if font.name == "DejaVu Sans"]
+    monkeypatch.setattr(attention.fontManager, "ttflist", own)  # a machine without other fonts
+    assert attention.fonts_for({*source, *written})[1] == set("\u4e2d\u65e5\u732b\N{SLIGHTLY SMILING FACE}")
+    drawn = attention.draw_attention({"source": source, "translation": written, "per_cent": weights}, backwards=True)
+    assert drawn.startswith(b"\x89PNG")
 
 
 def test_max_length_is_for_training_only():
