@@ -293,9 +293,9 @@ def test_surest_predictions_come_first_and_wrong_ones_last():
 def test_demo_comes_close_to_the_best_possible_accuracy(capsys):
     assert main(["--demo", "--epochs", "3", "--device", "cpu"]) == 0
     best = synthetic(seed=0).best
-    report = Path("runs/sentiment-demo-0/report.md").read_text()
+    report = Path("runs/sentiment-demo-synthetic-0/report.md").read_text()
     assert f"{best['test']:.2f}" in next(line for line in report.splitlines() if "best possible" in line)
-    for model in results("sentiment-demo-0")["models"]:
+    for model in results("sentiment-demo-synthetic-0")["models"]:
         assert best["test"] - 5 < model["test"]["accuracy"] < best["test"] + 1.5, model["model"]
 
 

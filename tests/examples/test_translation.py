@@ -327,7 +327,7 @@ def test_the_demo_is_solved_by_both_models_which_then_translate(capsys):
     assert main(["--demo"]) == 0
     assert time.process_time() - started < 100
     assert "exact match" in capsys.readouterr().out
-    models, before = results("translation-demo-0")["models"], snapshot(Path("runs"))
+    models, before = results("translation-demo-reversed-0")["models"], snapshot(Path("runs"))
     for model in models:
         assert model["exact_match"] >= 0.99, model["model"]
     sample = models[0]["samples"][0]
@@ -456,7 +456,7 @@ def refused(capsys: pytest.CaptureFixture, arguments: list[str]) -> str:
         (["--data", "None"], "--data"),
         (["--source", "cc"], "train.cc"),
         (["--target", "cc"], "train.cc"),
-        (["--translate", "abc"], "runs/translation-demo-0 holds no run"),
+        (["--translate", "abc"], "runs/translation-demo-reversed-0 holds no run"),
     ),
 )
 def test_wrong_arguments_are_one_line(capsys, arguments, words):

@@ -177,7 +177,7 @@ def test_the_plain_closed_form_trains(data, tmp_path, monkeypatch, capsys):
     assert closed_form.main([*flags, "--name", "plain", "--zoneout", "0.5"]) == 0
     assert qrnn_layer._recurrence is closed_form.recurrence
     assert closed_form.main([*flags, "--name", "signed", "--activation", "tanh"]) == 2
-    assert closed_form.main(flags) == 0 and (tmp_path / "runs" / "closed-form-demo-0").is_dir()
+    assert closed_form.main(flags) == 0 and (tmp_path / "runs" / "closed-form-demo-synthetic-0").is_dir()
     assert "--activation tanh" in capsys.readouterr().err
 
 
