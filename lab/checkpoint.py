@@ -101,7 +101,11 @@ def append_line(path: Path, line: str) -> None:
 def remove(path: Path) -> None:
     """Remove a folder and all in it, or a file, or a link and not what it points to; if there is one."""
     if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
+        try:
+            shutil.rmtree(path)
+        except OSError as error:
+            error.filename = str(path)  # it may name a file without its folder
+            raise
     else:
         path.unlink(missing_ok=True)
 
