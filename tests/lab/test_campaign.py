@@ -1,7 +1,7 @@
 """A campaign against the folder of a run: kills, errors of the system, damaged files, links.
 
 Afterwards the run must go on to the result of one that nothing happened to, or be refused in one line. By default a
-sample is tried; QRNN_CAMPAIGN=all tries everything, which takes minutes. `pytest -s` shows how many there were.
+few are tried; QRNN_CAMPAIGN=10000 tries everything, which takes long. What came of it is printed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from lab import run as comparison
 from lab.checkpoint import load_checkpoint
 from lab.synthetic import sample_sentences
 
-MOST = 10**6 if os.environ.get("QRNN_CAMPAIGN") == "all" else 0  # tries of a campaign; 0: a few
+MOST = int(os.environ.get("QRNN_CAMPAIGN", 0))  # tries of each campaign; 0: a few
 RUN = Path("runs/x")
 FLAGS = "--preset demo --corpus text --data text --embedding 4 --hidden 4 --epochs 3 --batch-size 16 --device cpu"
 TRAIN = [*FLAGS.split(), "--zoneout", "0.3", "--models", "qrnn", "--checkpoint-minutes", "0", "--name"]
@@ -205,7 +205,7 @@ def test_errors_of_the_system(runs, capsys):
     campaign = Campaign("errors", capsys)
     points = range(1, count_operations(CHANGING + READING) + 1)
     tries = [(number, at, once) for at in points for number in ERRORS for once in (True, False)]
-    for number, at, once in sample(tries, min(MOST, 600) or 14):
+    for number, at, once in sample(tries, MOST or 14):
 
         def fail(path: object, number: int = number) -> None:
             name = None if isinstance(path, int) else os.fspath(path)
