@@ -13,7 +13,7 @@ lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-results: .venv/installed  ## bring research/results/*.json into the README
+results: .venv/installed  ## bring research/results/*.json into the pages and their figures
 	$(BIN)/python -m research.pages
 
 notebooks: .venv/installed  ## run both again in place; QRNN_DATA names the folder that holds wikitext-2/

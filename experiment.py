@@ -7,7 +7,6 @@ import signal
 if __name__ == "__main__":  # while it imports, Ctrl-C ends it without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-import hashlib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -65,7 +64,6 @@ def prepare_data(config: Config) -> Data:
         batches: Batches = SentenceBatches(encoded["train"], config.batch_size, seed=config.seed)
     else:
         batches = StreamBatches(encoded["train"], config.batch_size, config.bptt)
-    words = "\n".join(" ".join(line) for split in (corpus.train, corpus.valid, corpus.test) for line in split)
     return Data(
         tokenizer,
         batches,
@@ -76,7 +74,7 @@ def prepare_data(config: Config) -> Data:
         {
             "name": corpus.name,
             "source": corpus.source,
-            "sha256_of_words": hashlib.sha256(words.encode()).hexdigest(),
+            "sha256_of_words": corpus.sha256_of_words,
             "vocabulary": tokenizer.get_vocab_size(),
             "padding": round(batches.padding, 4),
         }
@@ -111,7 +109,7 @@ def build_qrnn(config: Config, hidden: int) -> QRNN:
         batch_first=True,
         dropout=dropout_between(config),
         kernel_size=config.kernel_size,
-        first_kernel_size=config.first_kernel_size,
+        first_kernel_size=config.first_kernel_size or config.kernel_size,
         mode=config.mode,
         zoneout=config.zoneout,
         activation=config.activation,

@@ -1,7 +1,7 @@
-"""How exact and how fast pooling and layers are: `python -m benchmarks` writes results/benchmark-<device>.json.
+"""How exact and how fast pooling and layers are: `python -m benchmarks` writes research/results/benchmark-DEVICE.json.
 
 Every time is the median of rounds in which the compared things take turns, so that a busy machine slows all of them
-alike; what to read are the ratios, not the milliseconds. research/pages.py makes the README's tables from the file.
+alike; what to read are the ratios, not the milliseconds. benchmarks/tables.py makes tables of the file.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from benchmarks.peers import (
     one_line,
     versions,
 )
+from benchmarks.record import RESULTS
 from experiment import build_model
 from lab.batches import SentenceBatches
 from lab.checkpoint import write_file
@@ -50,7 +51,6 @@ from lab.training import Trainer
 from qrnn_layer import QRNNLayer, pool
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "research" / "results"
 Problem = tuple[Tensor, Tensor]  # log_f and log_x, (B, T, H) both
 LAYERS: dict[str, Callable[[int], nn.Module]] = {
     "QRNN": lambda width: QRNNLayer(width, width, 2, "fo"),
@@ -404,11 +404,13 @@ def main(arguments: Sequence[str], plan: Plan = PLAN, folder: Path = RESULTS) ->
         print(f"error: {error}", file=sys.stderr)
         return 2
     folder.mkdir(exist_ok=True)
+    aside = path.with_suffix(".json.part")  # what is on record stays until all of it is measured
     for table in (name for name in TABLES if not options.only or name in options.only):
         torch.manual_seed(options.seed)
         content[table] = TABLES[table](plan, options.device, options.budget)
-        write_file(path, json.dumps(content, indent=1) + "\n")
-    print(f"wrote {folder.name}/{path.name}; `make results` brings it into the README")
+        write_file(aside, json.dumps(content, indent=1) + "\n")
+    aside.replace(path)
+    print(f"wrote {folder.name}/{path.name}; `make results` brings it into the pages")
     return 0
 
 

@@ -71,6 +71,12 @@ class Corpus:
     floor: dict[str, float] | None = None
     files: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def sha256_of_words(self) -> str:
+        """Identify the text, whatever its folder is called."""
+        lines = (" ".join(line) for split in (self.train, self.valid, self.test) for line in split)
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
 
 # --- reading ---------------------------------------------------------------------------------------------------------
 

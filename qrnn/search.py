@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import log
+from numbers import Real
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from qrnn_layer import check_size
+from qrnn_layer import check_size, expect
 
 
 class SearchModel(Protocol):
@@ -78,10 +81,12 @@ def beam_search(
         TypeError: a size that is no whole number.
         ValueError: an argument out of range, or a model that gives no target a finite log-probability (NaN).
     """
-    check_size("beam_size", beam_size)
-    check_size("max_length", max_length)
-    if not length_penalty >= 0:
-        raise ValueError(f"length_penalty: {length_penalty!r} given, a number of at least 0 expected")
+    beam_size, max_length = check_size("beam_size", beam_size), check_size("max_length", max_length)
+    for name, token in (("bos", bos), ("eos", eos)):
+        expect(check_size(name, token, least=0) < 2**63, name, token, "a token of the target")
+    most = log(sys.float_info.max) / log((6 + max_length) / 6)  # beyond, the longest target's penalty is no float
+    legal = isinstance(length_penalty, Real) and 0 <= length_penalty <= most
+    expect(legal, "length_penalty", length_penalty, f"a number from 0 to {most:.0f}")
 
     def penalty(length: int) -> float:
         return ((5 + length) / 6) ** length_penalty
@@ -99,7 +104,11 @@ def beam_search(
         found: list[Hypothesis | None] = [None] * len(source)
 
         for step in range(max_length + 1):
-            logits, state, attention = model.step(prefixes[:, -1], state)  # (N * beams, V)
+            try:
+                logits, state, attention = model.step(prefixes[:, -1], state)  # (N * beams, V)
+            except (ValueError, IndexError) as error:
+                expect(step > 0, "bos", bos, f"a token that the model takes ({error})")
+                raise
             if attention is not None:
                 trail = torch.cat([trail, attention.unsqueeze(1)], dim=1)
             totals = log_p.unsqueeze(2) + _log_softmax(logits, eos, step == max_length).unflatten(0, log_p.shape)

@@ -18,9 +18,51 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qrnn_layer import MODES, QRNNLayer, QRNNState, ShapeError, check_probability, check_size
+from qrnn_layer import MODES, QRNNLayer, QRNNState, check_lengths, check_probability, check_size, check_tensor, expect
+
+WHOLE = (torch.int64, torch.int32)  # dtypes of tokens and lengths
+
+# --- the layers -------------------------------------------------------------------------------------------------------
+
+
+class CentredLayer(QRNNLayer):
+    """An encoder's layer that sees ahead: step t sees the inputs t - K // 2 ... t + (K - 1) // 2.
+
+    It takes no state, since it must be given whole sequences.
+    """
+
+    def forward(
+        self, x: Tensor, state: None = None, lengths: Tensor | Sequence[int] | None = None
+    ) -> tuple[Tensor, QRNNState]:
+        """Run the layer as `QRNNLayer` does; raise ValueError if a state is given."""
+        expect(state is None, "state", type(state), "None: a centred layer looks ahead and takes whole sequences")
+        return super().forward(x, None, lengths)
+
+    def _run(self, seen: Tensor, c0: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:
+        ahead = (self.kernel_size - 1) // 2
+        return super()._run(F.pad(seen[:, ahead:], (0, 0, 0, ahead)), c0, keep)
+
+
+class DecoderLayer(QRNNLayer):
+    """A decoder's layer, which is told of another sequence and shows its cells before the output gate."""
+
+    def cells(self, x: Tensor, state: QRNNState, condition: Tensor) -> tuple[Tensor, Tensor, QRNNState]:
+        """Return c and o, (B, T, H) each, at least float32, and the state after the last step.
+
+        Args:
+            x: (B, T, F).
+            state: what an earlier call returned, or `initial_state`.
+            condition: (B, rows of `weight`), added to the pre-activations of every step (V h~ of eq. 7).
+        """
+        state = self._check_input(x, state)
+        seen = torch.cat([state.window.to(x.dtype), x], dim=1)  # (B, K-1+T, F)
+        c, o = self._cells(self._project(seen) + condition.unsqueeze(1), state.c, self._keep(x))
+        time = x.shape[1]
+        return c, o, QRNNState((c[:, -1] if time else state.c).clone(), seen[:, time:].clone())
+
 
 # --- the model -------------------------------------------------------------------------------------------------------
 
@@ -43,7 +85,7 @@ class Seq2SeqState(NamedTuple):
     def index_select(self, index: Tensor) -> Seq2SeqState:
         """The state of the sequences `index`, (N,) int64, of the batch: a beam search goes on with those it keeps."""
         return Seq2SeqState(
-            layers=tuple(layer.index_select(index) for layer in self.layers),
+            layers=tuple(QRNNState(*(part.index_select(0, index) for part in layer)) for layer in self.layers),
             conditions=tuple(condition.index_select(0, index) for condition in self.conditions),
             keys=self.keys.index_select(0, index),
             padding=self.padding.index_select(0, index),
@@ -71,7 +113,7 @@ class QRNNSeq2Seq(nn.Module):
             training. As in `nn.LSTM`, embeddings and the last layer's outputs are left alone.
         kernel_size: width K of all convolutions but the encoder's first.
         first_kernel_size: width of the encoder's first. Default: `kernel_size`.
-        causal_encoder: False centres the encoder's convolutions, see `QRNNLayer`. The decoder's are always causal.
+        causal_encoder: False centres the encoder's convolutions, see `CentredLayer`. The decoder's are always causal.
         mode: "fo" or "ifo"; there is no eq. 8 without an output gate.
         zoneout, activation, method, device, dtype: of each layer, see `QRNNLayer`.
 
@@ -101,37 +143,24 @@ class QRNNSeq2Seq(nn.Module):
     ) -> None:
         super().__init__()
         first_kernel_size = kernel_size if first_kernel_size is None else first_kernel_size
-        for name, size in (
-            ("source_vocabulary", source_vocabulary),
-            ("target_vocabulary", target_vocabulary),
-            ("embedding_size", embedding_size),
-            ("num_layers", num_layers),
-            ("first_kernel_size", first_kernel_size),
-        ):
+        sizes = {"source_vocabulary": source_vocabulary, "target_vocabulary": target_vocabulary}
+        sizes |= {"embedding_size": embedding_size, "num_layers": num_layers, "first_kernel_size": first_kernel_size}
+        for name, size in sizes.items():
             check_size(name, size)
         check_probability("dropout", dropout)
-        if mode not in ("fo", "ifo"):
-            raise ValueError(f"mode: {mode!r} given, 'fo' or 'ifo' expected: attention needs an output gate (eq. 8)")
+        expect(str(mode) in ("fo", "ifo"), "mode", mode, "fo or ifo, for attention needs an output gate (eq. 8),")
         place = {"device": device, "dtype": dtype}
+        options = {"mode": mode, "zoneout": zoneout, "activation": activation, "method": method, **place}
 
-        def stack(first_kernel_size: int, causal: bool) -> nn.ModuleList:
+        def stack(layer_class: type[QRNNLayer], first_kernel_size: int) -> nn.ModuleList:
+            features = [embedding_size] + [hidden_size] * (num_layers - 1)
+            widths = [first_kernel_size] + [kernel_size] * (num_layers - 1)
             return nn.ModuleList(
-                QRNNLayer(
-                    hidden_size if layer else embedding_size,
-                    hidden_size,
-                    kernel_size if layer else first_kernel_size,
-                    mode,
-                    zoneout,
-                    activation=activation,
-                    method=method,
-                    causal=causal,
-                    **place,
-                )
-                for layer in range(num_layers)
+                layer_class(size, hidden_size, width, **options) for size, width in zip(features, widths, strict=True)
             )
 
-        self.encoder = stack(first_kernel_size, causal_encoder)
-        self.decoder = stack(kernel_size, causal=True)
+        self.encoder = stack(QRNNLayer if causal_encoder else CentredLayer, first_kernel_size)
+        self.decoder = stack(DecoderLayer, kernel_size)
         self.source_embedding = nn.Embedding(source_vocabulary, embedding_size, **place)
         self.target_embedding = nn.Embedding(target_vocabulary, embedding_size, **place)
         rows = MODES[mode] * hidden_size
@@ -163,18 +192,15 @@ class QRNNSeq2Seq(nn.Module):
             ValueError: a wrong dtype, device, token or length.
         """
         state = self.start(source, source_lengths)
-        _check_whole_numbers("target", target, (len(source), "T"))
+        check_tensor("target", target, (len(source), "T"), None, *WHOLE)
         _check_range("target", target, 0, self.target_embedding.num_embeddings - 1)
         logits, _, attention = self._decode(target, state)
         return (logits, attention) if return_attention else logits
 
     def start(self, source: Tensor, source_lengths: Tensor | Sequence[int]) -> Seq2SeqState:
         """Encode the source; arguments and errors as in `forward`. The state is that of an empty target."""
-        _check_whole_numbers("source", source, ("B", "S"))
-        lengths = torch.as_tensor(source_lengths)
-        _check_whole_numbers("source_lengths", lengths, (len(source),))
-        _check_range("source_lengths", lengths, 1, source.shape[1])
-        lengths = lengths.to(source.device)
+        check_tensor("source", source, ("B", "S"), None, *WHOLE)
+        lengths = check_lengths(source_lengths, *source.shape, "source_lengths", least=1).to(source.device)
         padding = torch.arange(source.shape[1], device=source.device) >= lengths.unsqueeze(1)  # (B, S)
         source = source.masked_fill(padding, 0)
         _check_range("source", source, 0, self.source_embedding.num_embeddings - 1)
@@ -200,7 +226,7 @@ class QRNNSeq2Seq(nn.Module):
         Raises:
             ShapeError, ValueError: as `forward`.
         """
-        _check_whole_numbers("tokens", tokens, (len(state.keys),))
+        check_tensor("tokens", tokens, (len(state.keys),), None, *WHOLE)
         _check_range("tokens", tokens, 0, self.target_embedding.num_embeddings - 1)
         logits, state, attention = self._decode(tokens.unsqueeze(1), state)
         return logits.squeeze(1), state, attention.squeeze(1)
@@ -208,16 +234,14 @@ class QRNNSeq2Seq(nn.Module):
     def _decode(self, target: Tensor, state: Seq2SeqState) -> tuple[Tensor, Seq2SeqState, Tensor]:
         """The next steps of the target, (B, T): logits (B, T, V), the state after them, alpha (B, T, S)."""
         h, states = self.target_embedding(target), []  # (B, T, E)
-        inputs = list(zip(self.decoder, state.layers, state.conditions, strict=True))
-        for layer, before, condition in inputs[:-1]:
-            h, after = layer(h, before, condition=condition)  # (B, T, H)
-            h = self.dropout(h)
+        for layer, before, condition in zip(self.decoder, state.layers, state.conditions, strict=True):
+            x = self.dropout(h) if states else h
+            c, o, after = layer.cells(x, before, condition)  # (B, T, H)
+            h = (o * c).to(x.dtype)
             states.append(after)
-        layer, before, condition = inputs[-1]
-        c, o, after = layer.cells(h, before, condition=condition)
         k, attention = attend(c, state.keys, state.padding)
         h = o * (self.w_k(k) + self.w_c(c.to(k.dtype)))  # (B, T, H)
-        return self.output(h.to(k.dtype)), state._replace(layers=(*states, after)), attention
+        return self.output(h.to(k.dtype)), state._replace(layers=tuple(states)), attention
 
 
 def attend(c: Tensor, keys: Tensor, padding: Tensor) -> tuple[Tensor, Tensor]:
@@ -238,16 +262,6 @@ def attend(c: Tensor, keys: Tensor, padding: Tensor) -> tuple[Tensor, Tensor]:
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------
-
-
-def _check_whole_numbers(name: str, array: Tensor, shape: tuple[int | str, ...]) -> None:
-    """Letters in `shape` stand for any size."""
-    fits = [isinstance(wanted, str) or wanted == given for wanted, given in zip(shape, array.shape, strict=False)]
-    if array.dim() != len(shape) or not all(fits):
-        wanted = ", ".join(map(str, shape)) + ("," if len(shape) == 1 else "")
-        raise ShapeError(f"{name}: shape {tuple(array.shape)} given, ({wanted}) expected")
-    if array.dtype not in (torch.int64, torch.int32):
-        raise ValueError(f"{name}: dtype {array.dtype} given, torch.int64 expected")
 
 
 def _check_range(name: str, array: Tensor, least: int, most: int) -> None:

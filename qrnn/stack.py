@@ -1,67 +1,35 @@
-"""QRNN: a stack of `QRNNLayer`s with the contract of `nn.LSTM`."""
+"""QRNN: a stack of QRNN layers with the contract of `nn.LSTM`, its state included."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from qrnn_layer import QRNNLayer, QRNNState, ShapeError, check_probability, check_size
+from qrnn_layer import QRNNLayer, QRNNState, check_probability, check_size, check_tensor, expect
 
-
-class QRNNStackState(NamedTuple):
-    """Everything a `QRNN` remembers between two calls; L layers in D directions, forward before reverse in each layer.
-
-    The batch is dimension 1 of every tensor, as in the states of nn.LSTM, and missing if the input had none. Where only
-    plain tuples are loaded, as by `torch.load`, save `tuple(state)`: it is a state as well.
-
-    Attributes:
-        c: (L * D, B, H), the cell states after the last step; at least float32.
-        window: for each layer and direction (K - 1, B, F_layer), its last K - 1 inputs, oldest first.
-    """
-
-    c: Tensor
-    window: tuple[Tensor, ...]
-
-    def detach(self) -> QRNNStackState:
-        """Without the history, for truncated backpropagation through time."""
-        return _map_state(Tensor.detach, self)
-
-    def index_select(self, index: Tensor) -> QRNNStackState:
-        """The state of the sequences `index`, (N,) int64, of the batch: a beam search goes on with those it keeps.
-
-        Raises:
-            ShapeError: the state has no batch.
-        """
-        if self.c.dim() != 3:
-            raise ShapeError(
-                f"state: c of shape {tuple(self.c.shape)} has no batch to select from, (L * D, B, H) expected"
-            )
-        return _map_state(lambda part: part.index_select(1, index), self)
-
-
-def _map_state(function: Callable[[Tensor], Tensor], state: QRNNStackState) -> QRNNStackState:
-    return QRNNStackState(function(state.c), tuple(map(function, state.window)))
+State = Tensor | tuple  # see `QRNN`
 
 
 class QRNN(nn.Module):
-    """A stack of QRNN layers, called like `nn.LSTM`; `nn.LSTM(...)` becomes `QRNN(...)`.
+    """Stack QRNN layers, called like `nn.LSTM`: `nn.LSTM(...)` becomes `QRNN(...)`.
 
     >>> rnn = QRNN(input_size=32, hidden_size=64, num_layers=2, batch_first=True)
-    >>> output, state = rnn(torch.randn(8, 100, 32))          # output: (8, 100, 64)
-    >>> output, state = rnn(torch.randn(8, 50, 32), state)    # the next 50 steps
+    >>> output, (h, c) = rnn(torch.randn(8, 100, 32))         # output: (8, 100, 64); h, c: (2, 8, 64)
+    >>> output, (h, c) = rnn(torch.randn(8, 50, 32), (h, c))  # the next 50 steps
 
-    What differs: the state is (c, window), that of nn.LSTM (h, c). The last output is in the output: it is at the last
-    step, of packed sequences at the last step of each, of the reverse direction at the first. There is no `proj_size`.
+    The state is that of nn.LSTM: a tuple (h, c), both (L * D, B, H), for L layers in D directions, the reverse one last
+    in each layer. h has the last outputs, c the last cell states, at least float32. In the mode "f" there is no output
+    gate and h is c: the state is one tensor, as that of nn.GRU. In one direction a sequence in pieces, or step by step,
+    gives what the whole gives. In two, a state that goes in is an initial value, as in nn.LSTM.
 
-    Weights of salesforce/pytorch-qrnn: its F is 1 - f here, so negate the rows of F in weight and bias; the blocks are
-    in the same order z, f, o. With its window of 2 the input is [x_t, x_{t-1}], here the oldest comes first: swap the
-    halves of the columns.
+    That is enough because a layer with a window of two looks back at the last output of the layer below, which is in h.
+    Wider windows, `dense` and a first layer that looks back need more. There the state is (h, c, window): `window` is a
+    tuple of the last K - 1 inputs of each layer and direction, (K - 1, B, F_layer). Such a stack also takes (h, c). It
+    then starts from windows of zeros, which is right at the start of a sequence, and warns once where it is not.
 
     Args:
         input_size: features F of the input.
@@ -71,16 +39,25 @@ class QRNN(nn.Module):
         batch_first: input and output are (B, T, ...) if True, else (T, B, ...). States are never affected.
         dropout: probability of dropout on the outputs of each layer but the last, in training.
         bidirectional: a second QRNN in each layer reads the sequence backwards; outputs are concatenated, (..., 2 * H).
+        proj_size: 0. It is there because nn.LSTM has it.
         kernel_size, mode, zoneout, activation, method, device, dtype: of each layer, see `QRNNLayer`.
-        first_kernel_size: of the first layer alone; the paper takes 6 for characters. Default: kernel_size.
+        first_kernel_size: kernel_size of the first layer alone; the paper takes 6 for characters.
         dense: each layer is fed with the input and the outputs of all layers before it (paper, section 2.1).
 
     Raises:
-        TypeError: a size that is no whole number, a flag that is no bool.
-        ValueError: an argument out of range.
+        TypeError: if a size is no whole number, or a flag no bool.
+        ValueError: if an argument is out of range.
 
     Warns:
-        UserWarning: dropout with a single layer, which has nothing to drop.
+        UserWarning: if dropout is given with a single layer, which has nothing to drop.
+
+    Parameters are called layers.N.weight and layers.N.bias; N counts layers and directions. Initialisers that look for
+    "weight_ih", "weight_hh" or "bias_ih" in a name find none of them: use `reset_parameters`, or initialise
+    `all_weights`. The rows of a weight are the blocks z, f, [i], [o]; its columns are the K inputs, oldest first.
+
+    Weights of salesforce/pytorch-qrnn: its F is 1 - f here, so negate the rows of F in weight and bias; the blocks are
+    in the same order. With its window of 2 (kernel_size and first_kernel_size 2 here) its input is [x_t, x_{t-1}]: swap
+    the halves of the columns.
     """
 
     def __init__(
@@ -92,9 +69,10 @@ class QRNN(nn.Module):
         batch_first: bool = False,
         dropout: float = 0.0,
         bidirectional: bool = False,
+        proj_size: int = 0,
         *,
         kernel_size: int = 2,
-        first_kernel_size: int | None = None,
+        first_kernel_size: int = 1,
         mode: str = "fo",
         zoneout: float = 0.0,
         activation: str = "softplus",
@@ -104,57 +82,60 @@ class QRNN(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_size("num_layers", num_layers)
-        if first_kernel_size is not None:
-            check_size("first_kernel_size", first_kernel_size)
-        check_probability("dropout", dropout)
         flags = {"bias": bias, "batch_first": batch_first, "bidirectional": bidirectional, "dense": dense}
-        for name, flag in flags.items():
-            if not isinstance(flag, bool):  # a probability of dropout, most likely, one place too early
-                raise TypeError(f"{name}: {flag!r} given, True or False expected")
-        if dropout > 0 and num_layers == 1:
+        for name, flag in flags.items():  # a probability of dropout, most likely, one place too early
+            expect(isinstance(flag, int) and flag in (0, 1), name, flag, "True or False", TypeError)
+        expect(
+            isinstance(proj_size, int) and proj_size == 0,
+            "proj_size",
+            proj_size,
+            "0, for a QRNN has no projection of its outputs,",
+        )
+        self.input_size, self.hidden_size = check_size("input_size", input_size), check_size("hidden_size", hidden_size)
+        self.num_layers, self.dropout = check_size("num_layers", num_layers), check_probability("dropout", dropout)
+        self.bias, self.batch_first, self.bidirectional, self.dense = (bool(flag) for flag in flags.values())
+        self.proj_size, self.mode = 0, mode
+        if self.dropout > 0 and self.num_layers == 1:
             warnings.warn(
                 f"dropout={dropout} with num_layers=1 drops nothing: it acts on the outputs of all layers but the last",
                 stacklevel=2,
             )
-        self.input_size, self.hidden_size, self.num_layers = input_size, hidden_size, num_layers
-        self.bias, self.batch_first, self.dropout = bias, batch_first, float(dropout)
-        self.bidirectional, self.dense = bidirectional, dense
         directions = 2 if bidirectional else 1
-        options = {"activation": activation, "bias": bias, "method": method, "device": device, "dtype": dtype}
+        options = {"activation": activation, "bias": self.bias, "method": method, "device": device, "dtype": dtype}
         self.layers = nn.ModuleList()
-        features, width = input_size, first_kernel_size or kernel_size
-        for _ in range(num_layers):
-            self.layers.extend(
-                QRNNLayer(features, hidden_size, width, mode, zoneout, **options) for _ in range(directions)
-            )
-            features, width = hidden_size * directions + (features if dense else 0), kernel_size
+        features, width = self.input_size, first_kernel_size
+        for _ in range(self.num_layers):
+            for _ in range(directions):
+                self.layers.append(QRNNLayer(features, self.hidden_size, width, mode, zoneout, **options))
+            features, width = self.hidden_size * directions + (features if dense else 0), kernel_size
+        widths = [layer.kernel_size for layer in self.layers]
+        self._windows = dense or widths[0] > 1 or max(widths) > 2  # whether the state has windows beside h and c
+        self._warned = False
+
+    @property
+    def all_weights(self) -> list[list[nn.Parameter]]:
+        """List the parameters of each layer and direction: its weight and, if it has one, its bias."""
+        return [list(layer.parameters()) for layer in self.layers]
 
     def reset_parameters(self, forget_bias: float = 0.0) -> None:
-        """`QRNNLayer.reset_parameters` of every layer."""
+        """Call `QRNNLayer.reset_parameters` of every layer."""
         for layer in self.layers:
             layer.reset_parameters(forget_bias)
 
     def flatten_parameters(self) -> None:
-        """Nothing: a QRNN keeps its weights in one piece. It is here because users of nn.LSTM call it."""
+        """Do nothing: a QRNN keeps its weights in one piece. Users of nn.LSTM call it."""
 
     def extra_repr(self) -> str:
-        return (
-            f"{self.input_size}, {self.hidden_size}, num_layers={self.num_layers}, bias={self.bias}, "
-            f"batch_first={self.batch_first}, dropout={self.dropout}, bidirectional={self.bidirectional}, "
-            f"dense={self.dense}"
-        )
+        names = ("num_layers", "bias", "batch_first", "dropout", "bidirectional", "dense")
+        return f"{self.input_size}, {self.hidden_size}, " + ", ".join(f"{n}={getattr(self, n)}" for n in names)
 
-    def forward(
-        self, input: Tensor | PackedSequence, hx: QRNNStackState | Tensor | None = None
-    ) -> tuple[Tensor | PackedSequence, QRNNStackState]:
+    def forward(self, input: Tensor | PackedSequence, hx: State | None = None) -> tuple[Tensor | PackedSequence, State]:
         """Run the stack over T steps.
 
         Args:
             input: (T, B, F), or (B, T, F) with `batch_first`, or (T, F), one sequence without a batch, or packed.
-            hx: what an earlier call returned, or the same in plain tuples; the steps of the input then follow those of
-                that call (for the reverse direction: come before them). Or c alone, (L * D, B, H), as nn.GRU has it;
-                the windows are then zeros. Default: zeros.
+            hx: the state before the first step, see `QRNN`; (L * D, H) instead of (L * D, B, H) where the input has no
+                batch. Default: zeros.
 
         Returns:
             output of the last layer, of the kind and layout of the input with D * H features; and the state after the
@@ -162,99 +143,135 @@ class QRNN(nn.Module):
             given or returned, is in the order that they had before they were packed.
 
         Raises:
-            ShapeError: a wrong rank or size.
-            TypeError: an hx that is no state.
-            ValueError: a wrong dtype or device.
+            TypeError: if input or hx is of another kind.
+            ShapeError: if a rank, size, dtype or device does not fit.
+
+        Warns:
+            UserWarning: once, if (h, c) without windows is given to a stack that needs them, and is not zero.
         """
         if isinstance(input, PackedSequence):
             return self._forward_packed(input, hx)
-        if input.dim() not in (2, 3) or input.shape[-1] != self.input_size:
-            layout = "B, T" if self.batch_first else "T, B"
-            raise ShapeError(
-                f"input: shape {tuple(input.shape)} given, ({layout}, {self.input_size}) or (T, {self.input_size}) "
-                "expected"
-            )
-        if input.dim() == 2:
-            x = input.unsqueeze(0)  # (1, T, F)
-            output, state = self._stack(x, self._checked_state(hx, x, batched=False))
-            return output.squeeze(0), _map_state(lambda part: part.squeeze(1), state)
+        shape = ("B", "T") if self.batch_first else ("T", "B")
+        batched = not isinstance(input, Tensor) or input.dim() != 2
+        check_tensor("input", input, (*shape, self.input_size) if batched else ("T", self.input_size))
+        if not batched:
+            output, state = self._stack(input.unsqueeze(0), self._checked_state(hx, input.unsqueeze(0), batched=False))
+            return output.squeeze(0), _map(lambda part: part.squeeze(1), state)
         x = input if self.batch_first else input.transpose(0, 1)  # (B, T, F)
         output, state = self._stack(x, self._checked_state(hx, x))
         return (output if self.batch_first else output.transpose(0, 1).contiguous()), state  # contiguous: for `view`
 
-    def _forward_packed(
-        self, packed: PackedSequence, hx: QRNNStackState | Tensor | None
-    ) -> tuple[PackedSequence, QRNNStackState]:
-        """In the packed order, longest sequence first; the state is sorted on the way in and back on the way out."""
+    def _forward_packed(self, packed: PackedSequence, hx: State | None) -> tuple[PackedSequence, State]:
+        """Run in the packed order, longest sequence first; sort the state on the way in and back on the way out."""
         data, batch_sizes, sorted_indices, unsorted_indices = packed
-        if data.dim() != 2 or data.shape[1] != self.input_size:
-            raise ShapeError(f"input: packed, of shape {tuple(data.shape)} given, (steps, {self.input_size}) expected")
+        check_tensor("input", data, ("steps", self.input_size))
         x, lengths = pad_packed_sequence(PackedSequence(data, batch_sizes), batch_first=True)  # (B, T, F), (B,)
         state = self._checked_state(hx, x)
         if state is not None and sorted_indices is not None:
-            state = state.index_select(sorted_indices)
+            state = _map(lambda part: part.index_select(1, sorted_indices), state)
         output, state = self._stack(x, state, lengths.to(x.device))
         if unsorted_indices is not None:
-            state = state.index_select(unsorted_indices)
+            state = _map(lambda part: part.index_select(1, unsorted_indices), state)
         output = pack_padded_sequence(output, lengths, batch_first=True).data
         return PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices), state
 
-    def _stack(
-        self, x: Tensor, state: QRNNStackState | None, lengths: Tensor | None = None
-    ) -> tuple[Tensor, QRNNStackState]:
-        """(B, T, F) -> (B, T, D * H), and the state."""
-        directions = len(self.layers) // self.num_layers
-        seen, states = x, []  # seen: what the next layer is fed with
+    def _stack(self, x: Tensor, state: tuple | None, lengths: Tensor | None = None) -> tuple[Tensor, State]:
+        """(B, T, F) -> (B, T, D * H), and the state; one that is given comes from `_checked_state`."""
+        directions = 2 if self.bidirectional else 1
+        seen, last_outputs, cells, windows = x, [], [], []  # seen: what the next layer is fed with
         for layer in range(self.num_layers):
             outputs = []
             for direction in range(directions):
                 index = layer * directions + direction
-                before = None if state is None else QRNNState(state.c[index], state.window[index].transpose(0, 1))
+                before = None if state is None else QRNNState(state[1][index], self._window(state, index, x))
                 h, after = self.layers[index](_reversed(seen, lengths) if direction else seen, before, lengths)
+                last_outputs.append(_last(h, lengths, None if state is None else state[0][index]))
                 outputs.append(_reversed(h, lengths) if direction else h)
-                states.append(after)
+                cells.append(after.c)
+                windows.append(after.window.transpose(0, 1))  # (K - 1, B, F_layer)
             output = torch.cat(outputs, dim=2) if self.bidirectional else outputs[0]  # (B, T, D * H)
             if layer < self.num_layers - 1:
                 dropped = F.dropout(output, self.dropout, self.training)
                 seen = torch.cat([seen, dropped], dim=2) if self.dense else dropped
-        window = tuple(after.window.transpose(0, 1) for after in states)  # each (K - 1, B, F_layer)
-        return output, QRNNStackState(torch.stack([after.c for after in states]), window)
+        h, c = torch.stack(last_outputs), torch.stack(cells)
+        if self._windows:
+            return output, (h, c, tuple(windows))
+        return output, c if self.mode == "f" else (h, c)
 
-    def _checked_state(
-        self, hx: QRNNStackState | Tensor | None, x: Tensor, batched: bool = True
-    ) -> QRNNStackState | None:
-        """hx with windows, whether it came with them or not, and with a batch."""
+    def _window(self, state: tuple, index: int, x: Tensor) -> Tensor:
+        """Return the window of a layer and direction, (B, K - 1, F_layer), from a state with all three parts."""
+        h, _, windows = state
+        layer = self.layers[index]
+        if windows is not None:
+            return windows[index].transpose(0, 1)
+        if layer.kernel_size == 1:
+            return x.new_empty(x.shape[0], 0, layer.input_size)
+        directions = 2 if self.bidirectional else 1
+        below = (index // directions - 1) * directions
+        last = torch.cat(h[below : below + directions].unbind(), dim=1)  # (B, D * H), of the layer below
+        return F.dropout(last, self.dropout, self.training).to(x.dtype).unsqueeze(1)
+
+    def _checked_state(self, hx: State | None, x: Tensor, batched: bool = True) -> tuple | None:
+        """Return hx as (h, c, windows) with a batch; windows is None where those of zeros, or h, take their place."""
         if hx is None:
             return None
-        if isinstance(hx, Tensor):
-            hx = hx, None
-        if not isinstance(hx, (tuple, list)) or len(hx) != 2 or not isinstance(hx[0], Tensor):
-            raise TypeError(
-                f"hx: no state but a {type(hx).__name__} given; pass on what the last call returned, or c alone"
-            )
-        c, windows = hx
         batch = (x.shape[0],) if batched else ()
-        if windows is None:
+        shape = (len(self.layers), *batch, self.hidden_size)
+        wanted = f"{'a tensor h' if self.mode == 'f' else '(h, c)'} of shape {shape}"
+        if self.mode == "f" and isinstance(hx, Tensor):
+            hx = hx, hx
+        elif self._windows:
+            wanted += ", or (h, c, window),"
+        else:
+            expect(self.mode != "f", "hx", type(hx), wanted, TypeError)
+        expect(isinstance(hx, tuple | list) and len(hx) in (2, 3), "hx", type(hx), wanted, TypeError)
+        h, c, *windows = hx
+        check_tensor("hx[0], h,", h, shape, x.device)
+        check_tensor("hx[1], c,", c, shape, x.device)
+        if windows:
+            expect(self._windows, "hx", "a state of three parts", wanted, TypeError)
+            (windows,) = windows
+            expect(isinstance(windows, tuple | list), "hx[2], window,", type(windows), "a tuple of tensors", TypeError)
+            expect(len(windows) == len(self.layers), "hx[2], window,", len(windows), f"{len(self.layers)} tensors")
+            for layer, window in zip(self.layers, windows, strict=True):
+                check_tensor("hx[2], window,", window, (layer.kernel_size - 1, *batch, layer.input_size), x.device)
+        elif self._windows:
+            self._warn_of_windows(h, c)
             windows = [x.new_zeros(layer.kernel_size - 1, *batch, layer.input_size) for layer in self.layers]
-        if not isinstance(windows, (tuple, list)) or len(windows) != len(self.layers):
-            raise ShapeError(
-                f"hx: a second part that is not the windows of {len(self.layers)} layers; pass on what the last call "
-                "returned, or c alone: there is no (h, c) as in nn.LSTM"
-            )
-        _check_shape("c", c, (len(self.layers), *batch, self.hidden_size))
-        for layer, window in zip(self.layers, windows, strict=True):
-            _check_shape("window", window, (layer.kernel_size - 1, *batch, layer.input_size))
-        state = QRNNStackState(c.float() if c.dtype in (torch.bfloat16, torch.float16) else c, tuple(windows))
-        return state if batched else _map_state(lambda part: part.unsqueeze(1), state)
+        state = h, c.to(torch.promote_types(c.dtype, torch.float32)), tuple(windows) or None
+        return state if batched else _map(lambda part: part.unsqueeze(1), state)
+
+    def _warn_of_windows(self, h: Tensor, c: Tensor) -> None:
+        if self._warned or torch.compiler.is_compiling() or torch.jit.is_tracing() or not bool(h.any() | c.any()):
+            return
+        self._warned = True
+        widths = [layer.kernel_size for layer in self.layers]
+        warnings.warn(
+            f"hx: (h, c) given to a QRNN whose layers also look back at inputs (kernel sizes {widths}, dense="
+            f"{self.dense}): the inputs before the first step count as zeros. To go on with a sequence pass all three "
+            "parts of the state, (h, c, window).",
+            stacklevel=4,
+        )
 
 
-def _check_shape(name: str, part: Tensor, expected: tuple[int, ...]) -> None:
-    if tuple(part.shape) != expected:
-        raise ShapeError(f"hx: {name} of shape {tuple(part.shape)} given, {expected} expected, to go with the input")
+def _map(function, state: State | None):
+    """Apply to every tensor of a state, however its tuples are nested."""
+    if isinstance(state, Tensor):
+        return function(state)
+    return None if state is None else tuple(_map(function, part) for part in state)
+
+
+def _last(h: Tensor, lengths: Tensor | None, before: Tensor | None) -> Tensor:
+    """Return the last real output of each sequence, (B, H), of h, (B, T, H); `before` where there is no step."""
+    if h.shape[1] == 0:
+        return h.new_zeros(h.shape[0], h.shape[2]) if before is None else before.to(h.dtype)
+    if lengths is None:
+        return h[:, -1]
+    return h.take_along_dim((lengths - 1).view(-1, 1, 1), dim=1).squeeze(1)  # packed sequences have a step at least
 
 
 def _reversed(x: Tensor, lengths: Tensor | None) -> Tensor:
-    """(B, T, F) with the real steps of each sequence in reverse order; after them, anything."""
+    """Return (B, T, F) with the real steps of each sequence in reverse order; after them, anything."""
     if lengths is None:
         return x.flip(1)
     index = lengths.unsqueeze(1) - 1 - torch.arange(x.shape[1], device=x.device)  # (B, T)

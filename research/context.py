@@ -35,7 +35,7 @@ from lab.run import RUNS, load_best
 from lab.run_folder import ModelFolder
 from lab.settings import InputError
 from lab.training import evaluate, perplexity
-from research.studies import RESULTS, ROOT, STUDIES, finished, identity
+from research.studies import RESULTS, ROOT, STUDIES, corpus_folder, finished, identify
 
 COMPARED = ("ptb_short", "ptb")
 KNOWN = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # words before the one that is predicted, at most
@@ -72,10 +72,12 @@ def trained(study: str, data: Path) -> dict[str, tuple[Config, Path]]:
 
     Raises:
         InputError: one of them is not trained.
+        CorpusError: the text is not there.
     """
     models: dict[str, tuple[Config, Path]] = {}
-    for label, job in STUDIES[study]().items():
-        config, folder = parse(job.flags.split(), PRESETS), ROOT / RUNS / f"{study}-{identity(job, data)}"
+    jobs = STUDIES[study]()
+    for label, identity in identify(jobs, data).items():
+        config, folder = parse(jobs[label].flags.split(), PRESETS), ROOT / RUNS / f"{study}-{identity}"
         (name,) = config.models
         if name in models:
             continue
@@ -123,18 +125,16 @@ def compare(models: dict[str, tuple[Config, Path]], data: Path) -> dict[str, Any
 def main(arguments: Sequence[str]) -> int:
     """The exit code: 0, 2 if a folder or a model is not there."""
     parser = Parser(__doc__)
-    parser.add_argument("--data", type=Path, required=True, help="folder with the Penn Treebank")
+    parser.add_argument("--data", required=True, help="folder with the Penn Treebank")
     options = parser.parse_args(arguments)
 
     def command() -> int:
-        if not options.data.is_dir():
-            raise InputError(f"--data {options.data}: no folder; give the one with the corpus")
-        origin, data = provenance(seed=0, device="cpu"), options.data.resolve()
+        origin, data = provenance(seed=0, device="cpu"), corpus_folder(options.data)
         pairs = {study: trained(study, data) for study in COMPARED}  # all of them, before any takes minutes
         compared = {study: compare(models, data) for study, models in pairs.items()}
         content = origin | {"known": KNOWN, "studies": compared}
         write_file(RESULTS / "context.json", json.dumps(content, indent=1) + "\n")
-        print("wrote results/context.json; `make results` brings it into the README")
+        print("wrote results/context.json; `make results` brings it into the pages")
         return 0
 
     return exit_code(command)

@@ -1,7 +1,8 @@
 """The runs behind the results: `python -m research.studies ablation --data wikitext-2` makes results/ablation.json.
 
 A study is a list of runs of experiment.py. They go two at a time, each on half of the cores. What is finished in runs/
-is not run again, what was stopped goes on; `make results` brings the file into the README.
+is not run again, what was stopped goes on; `make results` brings the file into the pages.
+What is on record stays until a run that takes its place has succeeded.
 
 seeds      QRNN and LSTM with the settings of the preset small, three seeds; 1 h on 2 CPU cores
 ablation   the QRNN with one thing changed, one epoch; 1 1/2 h
@@ -11,6 +12,7 @@ numerics   the plain closed form left to autograd beside `scan`; 1/4 h
 ptb        both models on the Penn Treebank as one stream, 15 epochs; 1 h
 ptb_short  the same with more forms of the QRNN, 3 epochs; 1/2 h
 wikitext2  both models on WikiText-2 as one stream with all its words; 1 1/2 h
+first_kernel  the QRNN of seeds with a first layer that sees one word, three seeds; 1/2 h
 
 --data is a folder with the files of WikiText-2, for numerics, ptb and ptb_short of the Penn Treebank.
 """
@@ -32,6 +34,7 @@ from tqdm import tqdm
 
 from lab.checkpoint import write_file
 from lab.command_line import Parser, exit_code, parse
+from lab.corpora import load_corpus
 from lab.presets import PRESETS, Config
 from lab.provenance import provenance
 from lab.run import RUNS
@@ -58,7 +61,7 @@ class Job(NamedTuple):
     module: str = "experiment"
 
 
-Jobs = dict[str, Job]  # by what the README calls them
+Jobs = dict[str, Job]  # by what the tables call them
 
 
 # --- the studies -----------------------------------------------------------------------------------------------------
@@ -141,18 +144,17 @@ def tuned() -> Jobs:
 
 def best_flags(model: str) -> str:
     """The flags of the trial that was best on validation; raises InputError: the models do not have the same trials."""
-    path = RESULTS / "tuning.json"
-    runs = json.loads(path.read_text())["runs"].values() if path.exists() else ()
     names = ("lr", "dropout", "dropout_embedding", "dropout_output", "weight_decay")
     trials: dict[str, dict[tuple[float, ...], float]] = {name: {} for name in NAMES}  # flags -> perplexity
-    for run in runs:
+    for run in on_record("tuning").values():
         config = run.get("config", {})  # none where it failed
         if config.get("preset") == "small":
             (result,) = run["models"]
             trials[result["model"]][tuple(config[name] for name in names)] = result["valid_perplexity"]
     tried = [set(mine) for mine in trials.values()]
     if not all(tried) or tried[0] != tried[1]:
-        raise InputError(f"{path.name} lacks the same trials of both models; run research/tune.py --preset small first")
+        way_out = "run `python -m research.tune --preset small` first"
+        raise InputError(f"tuning.json lacks the same trials of both models; {way_out}")
     best = min(trials[model], key=trials[model].__getitem__)
     return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in zip(names, best, strict=True))
 
@@ -183,42 +185,42 @@ def wikitext2() -> Jobs:
     return {label: Job(f"{flags} --models {model}") for model, label in NAMES.items()}
 
 
+def first_kernel() -> Jobs:
+    """One word in the first layer, two in the second: the QRNNs of `seeds` see two in both."""
+    flags = f"{SMALL} --models qrnn --first-kernel-size 1 --hidden 292"
+    return {f"QRNN, seed {seed}": Job(f"{flags} --seed {seed}") for seed in range(3)}
+
+
 STUDIES: dict[str, Callable[[], Jobs]] = {
-    study.__name__: study for study in (seeds, ablation, longer, tuned, numerics, ptb, ptb_short, wikitext2)
+    study.__name__: study
+    for study in (seeds, ablation, longer, tuned, numerics, ptb, ptb_short, wikitext2, first_kernel)
 }
 
 
 # --- how they are carried out ----------------------------------------------------------------------------------------
 
 
-def carry_out(study: str, jobs: Jobs, data: Path) -> int:
-    """Run what is not finished yet and write results/STUDY.json after each run that succeeded.
+def carry_out(study: str, jobs: Jobs, data: str) -> int:
+    """Run what is not finished yet, and put each run that succeeded on record in results/STUDY.json.
 
-    What is on record of a job stays until a run of it succeeds, if it was made with the settings of today.
+    What is on record stays until a run that takes its place has succeeded: an error never replaces it.
 
     Returns:
         the exit code: 0, 1 if a run failed, 130 if it was interrupted.
 
     Raises:
-        InputError: the data is not there, or a flag of a job is wrong; nothing has run.
+        InputError, CorpusError: the corpus is not there, or a flag of a job is wrong; nothing has run.
     """
-    if not data.is_dir():
-        raise InputError(f"--data {data}: no folder; give the one with the corpus")
-    data, identities = data.resolve(), {label: identity(job, data) for label, job in jobs.items()}
-    origin, path, failed = provenance(seed=0, device="cpu"), RESULTS / f"{study}.json", {}
-    before = json.loads(path.read_text())["runs"] if path.exists() else {}
-    done = {label: run for label, run in before.items() if run.get("identity") == identities.get(label)}
+    folder = corpus_folder(data)
+    origin, identities, failed = provenance(seed=0, device="cpu"), identify(jobs, folder), {}
     with ThreadPoolExecutor(JOBS) as pool:
-        futures = {pool.submit(perform, f"{study}-{identities[label]}", jobs[label], data): label for label in jobs}
+        futures = {pool.submit(perform, f"{study}-{identities[label]}", jobs[label], folder): label for label in jobs}
         try:
             for future in tqdm(as_completed(futures), total=len(jobs), desc=study, unit="run"):
-                label, content = futures[future], future.result()
-                if "error" in content:
-                    failed[label] = content["error"]
-                if "error" not in content or "error" in done.get(label, content):
-                    done[label] = {"identity": identities[label], **content}
-                runs = {label: done[label] for label in jobs if label in done}
-                write_file(path, json.dumps(origin | {"runs": runs}, indent=1) + "\n")
+                label, run = futures[future], future.result()
+                if "error" in run:
+                    failed[label] = run["error"]
+                put_on_record(study, origin, jobs, label, {"identity": identities[label], **run})
         except KeyboardInterrupt:  # which the runs got too
             print("stopped; the same command goes on", file=sys.stderr)
             return 130
@@ -226,8 +228,34 @@ def carry_out(study: str, jobs: Jobs, data: Path) -> int:
             pool.shutdown(cancel_futures=True)
     for label, error in failed.items():
         print(f"{label}: {error}")
-    print(f"wrote results/{study}.json; `make results` brings it into the README")
+    print(f"wrote research/results/{study}.json; `make results` brings it into the pages")
     return 1 if failed else 0
+
+
+def corpus_folder(data: str) -> Path:
+    """Return the folder that --data names, with its whole path; raises InputError: there is none."""
+    if not data or not Path(data).is_dir():
+        raise InputError(f"--data {data or repr(data)}: no folder; give the one with the corpus")
+    return Path(data).resolve()
+
+
+def on_record(study: str) -> dict[str, Any]:
+    """Return the runs in results/STUDY.json by their labels; none if there is no such file."""
+    path = RESULTS / f"{study}.json"
+    return json.loads(path.read_text())["runs"] if path.exists() else {}
+
+
+def put_on_record(study: str, origin: dict[str, Any], jobs: Jobs, label: str, run: dict[str, Any]) -> None:
+    """Write the run into results/STUDY.json, unless it failed where another one did not.
+
+    The runs stand in the order of the jobs; those of which there is no job any more come last.
+    """
+    runs = on_record(study)
+    if "error" in run and "error" not in runs.get(label, run):
+        return
+    runs[label] = run
+    ordered = {label: runs[label] for label in (*jobs, *runs) if label in runs}
+    write_file(RESULTS / f"{study}.json", json.dumps(origin | {"runs": ordered}, indent=1) + "\n")
 
 
 def perform(name: str, job: Job, data: Path) -> dict[str, Any]:
@@ -238,17 +266,8 @@ def perform(name: str, job: Job, data: Path) -> dict[str, Any]:
         with open(ROOT / RUNS / f"{name}.log", "a+") as log:
             threads = max(1, (os.cpu_count() or 1) // JOBS)
             environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-            command = [
-                sys.executable,
-                "-m",
-                job.module,
-                *job.flags.split(),
-                "--data",
-                str(data),
-                "--name",
-                name,
-                "--resume",
-            ]
+            flags = [*job.flags.split(), "--data", str(data), "--name", name, "--resume"]
+            command = [sys.executable, "-m", job.module, *flags]
             code = subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=log).returncode
             if code:
                 log.seek(0)
@@ -257,18 +276,35 @@ def perform(name: str, job: Job, data: Path) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
-def identity(job: Job, data: Path) -> str:
-    """Eight digits that stand for the settings, also where the flags leave them to a preset.
+def identify(jobs: Jobs, data: Path) -> dict[str, str]:
+    """Return the `identity` of each job on the text in this folder.
+
+    Raises:
+        InputError: a wrong flag.
+        CorpusError: the corpus of a job is not there.
+    """
+    corpora = {label: parse(job.flags.split(), PRESETS).corpus for label, job in jobs.items()}
+    texts = {name: load_corpus(name, data).sha256_of_words for name in set(corpora.values())}
+    return {label: identity(job, texts[corpora[label]]) for label, job in jobs.items()}
+
+
+def identity(job: Job, sha256_of_words: str) -> str:
+    """Return eight digits that stand for the text and the settings, also where the flags leave them to a preset.
 
     Raises:
         InputError: a wrong flag.
     """
-    settings = parse(job.flags.split(), PRESETS).deciding()
-    del settings["preset"]
-    if settings["first_kernel_size"] is None:  # as in the runs on record, which had no such flag
-        del settings["first_kernel_size"]
-    text = json.dumps([job.module, data.name, settings], sort_keys=True)
+    text = json.dumps([job.module, sha256_of_words, settings(job)], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def settings(job: Job) -> dict[str, Any]:
+    """Return all that decides about the numbers, but the text; raises InputError: a wrong flag."""
+    chosen = parse(job.flags.split(), PRESETS).deciding()
+    del chosen["preset"]
+    if chosen["first_kernel_size"] is None:  # as in the runs on record, which had no such flag
+        del chosen["first_kernel_size"]
+    return chosen
 
 
 def finished(path: Path) -> bool:
@@ -279,7 +315,7 @@ def main(arguments: Sequence[str]) -> int:
     """The exit code, see `carry_out`; 2 if the input was wrong."""
     parser = Parser(__doc__)
     parser.add_argument("study", choices=STUDIES)
-    parser.add_argument("--data", type=Path, required=True, help="folder with the corpus")
+    parser.add_argument("--data", required=True, help="folder with the corpus")
     options = parser.parse_args(arguments)
     return exit_code(lambda: carry_out(options.study, STUDIES[options.study](), options.data))
 

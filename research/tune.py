@@ -14,7 +14,6 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 
 import optuna
 
@@ -46,28 +45,28 @@ def trials(config: Config, count: int) -> list[dict[str, float]]:
     return [preset, *(study.ask(SPACE).params for _ in range(count - 1))]
 
 
-def search(flags: Sequence[str], data: Path, count: int) -> int:
-    """The exit code of `studies.carry_out`; raises InputError: a wrong flag."""
+def jobs(flags: Sequence[str], count: int) -> Jobs:
+    """Return a run for each trial and model; raises InputError: a wrong flag."""
     config = parse(flags, PRESETS)
     check_range("trials", count, low=1)
     for name, space in SPACE.items():
         check_range(name, getattr(config, name), low=space.low, high=space.high)  # what is searched
-    jobs: Jobs = {}
+    runs: Jobs = {}
     for number, values in enumerate(trials(config, count)):
         dropouts = " ".join(f"--{name} {values['dropout']}" for name in ("dropout-embedding", "dropout-output"))
         own = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in values.items())
         for model in config.models:
-            jobs[f"{model}, trial {number}"] = Job(f"{' '.join(flags)} --no-test --models {model} {own} {dropouts}")
-    return carry_out("tuning", jobs, data)
+            runs[f"{model}, trial {number}"] = Job(f"{' '.join(flags)} --no-test --models {model} {own} {dropouts}")
+    return runs
 
 
 def main(arguments: Sequence[str]) -> int:
     """The exit code: 0, 1 if a run failed, 2 if the input was wrong, 130 if it was interrupted."""
     parser = Parser(__doc__)
-    parser.add_argument("--data", type=Path, required=True, help="folder with the corpus")
+    parser.add_argument("--data", required=True, help="folder with the corpus")
     parser.add_argument("--trials", type=int, default=8, help="of each model (8)")
     options, flags = parser.parse_known_args(arguments)
-    return exit_code(lambda: search(flags, options.data, options.trials))
+    return exit_code(lambda: carry_out("tuning", jobs(flags, options.trials), options.data))
 
 
 if __name__ == "__main__":

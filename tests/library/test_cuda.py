@@ -70,7 +70,7 @@ def test_the_layer_is_that_of_the_cpu_and_autocast_near_it(mode):
     for given in (lengths, lengths.cuda()):
         got, got_state = layer(x.cuda(), lengths=given)
         torch.testing.assert_close(got.cpu(), want, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(got_state.c.cpu(), state.c, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(got_state[1].cpu(), state[1], rtol=1e-4, atol=1e-5)
     with torch.autocast("cuda", torch.bfloat16):
         got, _ = layer(x.cuda(), lengths=lengths)
     assert got.dtype == torch.bfloat16
@@ -154,4 +154,4 @@ def test_packed_sequences():
     want, state = rnn(packed)
     got, got_state = rnn.cuda()(packed.to("cuda"))
     torch.testing.assert_close(got.data.cpu(), want.data, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(got_state.c.cpu(), state.c, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(got_state[1].cpu(), state[1], rtol=1e-4, atol=1e-5)

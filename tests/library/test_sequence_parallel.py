@@ -334,7 +334,7 @@ def groups_pool_sequences_of_their_own():
 def wrong_arguments_are_refused_before_any_exchange():
     log_f, log_x, z, h0 = make(5)
     calls = (
-        (lambda: sequence_parallel_pool(log_f[0], log_x), "three dimensions"),
+        (lambda: sequence_parallel_pool(log_f[0], log_x), r"log_f: .*\(B, T, H\)"),
         (lambda: sequence_parallel_pool(log_f, log_x[:, 1:]), "log_x: shape"),
         (lambda: sequence_parallel_pool(log_f, log_x, h0[:, 1:]), "h0: shape"),
         (lambda: sequence_parallel_pool(log_f, log_x.float()), "dtypes torch.float64, torch.float32 given"),

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as benchmark
-from benchmarks import peers
+from benchmarks import peers, record, tables
 from benchmarks.__main__ import (
     STACKED,
     TABLES,
@@ -29,8 +29,9 @@ from benchmarks.__main__ import (
 )
 from benchmarks.instruments import LEAST, MOST, interleaved, peak_mib, speed_rows, time_shares
 from benchmarks.peers import LOOPS, PEERS, WAYS, Missing, Peer
+from benchmarks.record import Benchmark
 from lab.presets import PRESETS
-from research import pages
+from research import figures
 
 ROOT = Path(__file__).parents[2]
 SHAPE = (2, 8, 4)
@@ -84,14 +85,15 @@ def content(folder):
 
 
 @pytest.fixture
-def readme(content, monkeypatch):
-    """The pages, for the tiny sizes."""
-    monkeypatch.setattr(pages, "POOLING_SHAPE", SHAPE)
-    monkeypatch.setattr(pages, "REFERENCE_LENGTH", 8)
-    monkeypatch.setattr(pages, "LONG", 16)
-    monkeypatch.setattr(pages, "PAPER_LENGTHS", (4,))
-    monkeypatch.setattr(pages, "PAPER", {8: (5.5,), 16: (6.6,)})
-    return pages
+def measured(folder, monkeypatch):
+    """The benchmark as the tables see it, for the tiny sizes."""
+    monkeypatch.setattr(record, "RESULTS", folder)
+    monkeypatch.setattr(tables, "POOLING_SHAPE", SHAPE)
+    monkeypatch.setattr(tables, "REFERENCE_LENGTH", 8)
+    monkeypatch.setattr(tables, "LONG", 16)
+    monkeypatch.setattr(tables, "PAPER_LENGTHS", (4,))
+    monkeypatch.setattr(tables, "PAPER", {8: (5.5,), 16: (6.6,)})
+    return Benchmark("cpu")
 
 
 # --- the file --------------------------------------------------------------------------------------------------------
@@ -144,7 +146,7 @@ def test_layers_are_compared_in_every_cell(content):
     assert all(names == {"QRNN", "LSTM", "GRU"} for names in cells.values())
 
 
-def test_the_whole_plan_has_the_cells_that_are_published(readme):
+def test_the_whole_plan_has_the_cells_that_are_published():
     plan = benchmark.PLAN
     assert len(plan.paper_grids[0].batches) * len(plan.paper_grids[0].lengths) == 30
     assert (32, 128, 640) in plan.pool_shapes
@@ -175,43 +177,80 @@ def test_rates_of_the_roofline_follow_from_its_times(content):
     assert product["gflop_per_s"] == pytest.approx(2 * TINY.matrix_size**3 / (1e-3 * product["ms"]) / 1e9)
 
 
-# --- the README's blocks ---------------------------------------------------------------------------------------------
+# --- tables and figures ----------------------------------------------------------------------------------------------
 
 
-def test_ratios_are_of_the_same_run(content, readme):
-    times = {(row["H"], row["B"], row["part"], row["what"]): row["ms"] for row in content["paper"]}
-    ratios = [times[320, 8, part, "LSTM"] / times[320, 8, part, "QRNN"] for part in ("inference", TRAINING)]
-    assert f"| 8 | 5.5 / {ratios[0]:.1f} / {ratios[1]:.1f} |" in readme.paper_grid(content)
-
-
-def test_every_block_is_made_from_the_file(content, readme):
-    blocks = {name: block(content) for name, block in readme.BENCHMARK.items()}
-    assert "Not measured, runs on CUDA only: " in blocks["pooling speed"]
-    assert "a peer" in blocks["pooling speed"]
-    assert "Time a token at T = 16 over that at T = 8: pooling " in blocks["layer growth"]
-    assert "--budget 0`" in blocks["benchmark source"]
-    assert not any("nan" in block for block in blocks.values())
-
-
-def test_plots_are_drawn(content, readme, tmp_path):
-    for name, (draw, _) in readme.DRAWINGS.items():
-        draw(content, tmp_path / f"{name}.png")
-        assert (tmp_path / f"{name}.png").stat().st_size > 10_000
-
-
-def test_without_a_gpu_the_readme_says_so(readme, monkeypatch, tmp_path):
-    monkeypatch.setattr(readme, "RESULTS", tmp_path)
-    assert readme.gpu() == "Nothing here has been measured on a GPU yet: `python -m benchmarks --device cuda` does it."
-
-
-def test_with_a_gpu_the_readme_shows_it(readme, folder, monkeypatch, tmp_path):
-    monkeypatch.setattr(readme, "RESULTS", tmp_path)
+@pytest.fixture
+def on_a_gpu(measured, folder, tmp_path, monkeypatch):
+    """The same, as if a GPU had made it."""
     content = json.loads((folder / "benchmark-cpu.json").read_text())
     content["provenance"]["machine"] |= {"device": "cuda", "gpu": "a GPU"}
     (tmp_path / "benchmark-cuda.json").write_text(json.dumps(content))
-    text = readme.gpu()
-    assert "docs/images/speed-cuda.png" in text
-    assert "results/benchmark-cuda.json" in text and ", a GPU, " in text
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+    return Benchmark("cuda")
+
+
+def cells(table: str) -> list[list[str]]:
+    """The cells of a table in Markdown, without its rule."""
+    lines = [line for line in table.splitlines() if line.startswith("|") and not line.startswith("|:")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def test_ratios_are_of_the_same_run(content, measured):
+    times = {(row["H"], row["B"], row["part"], row["what"]): row["ms"] for row in content["paper"]}
+    ratios = [times[320, 8, part, "LSTM"] / times[320, 8, part, "QRNN"] for part in ("inference", TRAINING)]
+    assert cells(tables.paper_grid(measured))[1] == ["8", " / ".join(f"{ratio:.1f}" for ratio in ratios)]
+
+
+def test_the_papers_figures_stand_beside_those_of_a_gpu_alone(on_a_gpu):
+    assert cells(tables.paper_grid(on_a_gpu))[1][1].startswith("5.5 / ")
+
+
+def test_layers_are_compared_by_time_and_memory(content, measured):
+    times = {(row["B"], row["part"], row["what"]): row["ms"] for row in content["layer"]}
+    shown = {row[0]: row[1:] for row in cells(tables.layer_speed(measured))}
+    wanted = [times[batch, TRAINING, "GRU"] / times[batch, TRAINING, "QRNN"] for batch in (1, 2)]
+    assert shown["training, speed over GRU"] == [f"{ratio:.1f}" for ratio in wanted]
+    assert shown["inference, memory over LSTM"] == ["1.0", "1.0"]  # as the fixture says
+    assert shown[f"{STACKED}, speed over LSTM"][1] == "" and f"{STACKED}, memory over LSTM" not in shown
+    ranges = {row[0]: row[2] for row in cells(tables.readme_speed(measured))[1:]}
+    low, high = (f"{ratio:.1f}" for ratio in sorted(wanted))
+    assert ranges[TRAINING] == (low if low == high else f"{low} to {high}")
+
+
+def test_the_worst_error_of_each_length_is_shown(content, measured):
+    errors = {row["method"]: f"{row['forward']:.0e} / {row['gradient']:.0e}" for row in content["precision"]}
+    assert dict(cells(tables.precision(measured))[1:]) == {name: errors[name] for name in tables.PRECISION_METHODS}
+    assert len(cells(tables.readme_exactness(measured))) == 4
+
+
+def test_every_block_is_made_from_the_file(measured):
+    shown = {name: block() for name, block in tables.BLOCKS.items()}
+    assert "Not measured, runs on CUDA only: " in shown["pooling speed"]
+    assert "a peer" in shown["pooling speed"]
+    assert "T = 16 over that at T = 8: pooling " in shown["layer growth"]
+    assert "--budget 0`" in shown["benchmark source"]
+    assert not any("nan" in text or "yet" in text for name, text in shown.items() if name != "gpu")
+
+
+def test_plots_are_drawn(on_a_gpu, tmp_path):
+    for name, draw in figures.BENCHMARK.items():
+        draw(on_a_gpu, tmp_path / f"{name}.png")
+        assert (tmp_path / f"{name}.png").stat().st_size > 10_000
+
+
+def test_without_a_gpu_the_page_says_so(measured, on_a_gpu, tmp_path):
+    assert "research/results/benchmark-cuda.json" in tables.gpu() and ", a GPU, " in tables.gpu()
+    (tmp_path / "benchmark-cuda.json").unlink()
+    assert "`python -m benchmarks --device cuda`" in tables.gpu()
+
+
+def test_a_table_that_is_missing_says_how_to_measure_it(on_a_gpu, tmp_path):
+    content = json.loads((tmp_path / "benchmark-cuda.json").read_text())
+    content.pop("paper")
+    (tmp_path / "benchmark-cuda.json").write_text(json.dumps(content))
+    assert "`python -m benchmarks --device cuda --only paper`" in tables.block(tables.paper_grid, "cuda")
+    assert "`python -m benchmarks --device cpu`" in tables.block(tables.paper_grid, "cpu")
 
 
 # --- the instruments -------------------------------------------------------------------------------------------------
@@ -277,23 +316,23 @@ def test_a_peer_that_breaks_on_import_is_told_in_one_line(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("flags", "message"),
+    "flags",
     [
-        (["--only", "everything"], "invalid choice"),
-        (["--rounds", "3"], "unrecognized arguments"),
-        (["--budget", "-1"], "at least 0"),
-        (["--budget", "nan"], "at least 0"),
-        (["--seed", "x"], "invalid int"),
-        (["--device", "tpu"], "invalid choice"),
-        *([] if torch.cuda.is_available() else [(["--device", "cuda"], "this machine has none")]),
+        ["--only", "everything"],
+        ["--rounds", "3"],
+        ["--budget", "-1"],
+        ["--budget", "nan"],
+        ["--seed", "x"],
+        ["--device", "tpu"],
+        *([] if torch.cuda.is_available() else [["--device", "cuda"]]),
     ],
 )
-def test_wrong_flags_give_one_line(flags, message, capsys):
+def test_wrong_flags_give_one_line(flags, capsys):
     with pytest.raises(SystemExit) as stopped:
         parse(flags)
     captured = capsys.readouterr()
     assert stopped.value.code == 2
-    assert captured.err.startswith("error: ") and captured.err.count("\n") == 1 and message in captured.err
+    assert captured.err.startswith("error: ") and captured.err.count("\n") == 1 and flags[0] in captured.err
     assert captured.out == ""
 
 
@@ -316,17 +355,23 @@ def test_only_some_tables_are_measured_and_the_others_kept(content, folder, tmp_
     assert after["provenance"]["command"].endswith(" --budget 0; again")
 
 
+def test_what_is_on_record_stays_until_all_tables_are_measured(folder, tmp_path, monkeypatch):
+    path = tmp_path / "benchmark-cpu.json"
+    path.write_text((folder / "benchmark-cpu.json").read_text())
+    before = path.read_bytes()
+    broken = {"roofline": TABLES["roofline"], "profile": lambda *_: 1 / 0}
+    monkeypatch.setattr(benchmark, "TABLES", broken)
+    with pytest.raises(ZeroDivisionError):
+        main(["--device", "cpu", "--budget", "0"], TINY, tmp_path)
+    assert path.read_bytes() == before
+
+
 def test_tables_of_different_runs_are_not_mixed(content, folder, tmp_path, capsys):
     path = tmp_path / "benchmark-cpu.json"
     path.write_text((folder / "benchmark-cpu.json").read_text())
     before = path.read_bytes()
     assert main(["--device", "cpu", "--budget", "0", "--seed", "1", "--only", "roofline"], TINY, tmp_path) == 2
     captured = capsys.readouterr()
-    assert captured.err.startswith("error: --only: benchmark-cpu.json differs in seed")
+    assert all(word in captured.err for word in ("--only", "benchmark-cpu.json", "seed"))
     assert captured.err.count("\n") == 1
     assert path.read_bytes() == before
-
-
-def test_a_table_that_is_missing_says_how_to_measure_it(readme, monkeypatch):
-    monkeypatch.setattr(readme, "load", lambda name: {})
-    assert "python -m benchmarks --only paper" in readme.block("paper grid")

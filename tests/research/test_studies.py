@@ -1,4 +1,4 @@
-"""The runs behind the README's results: their flags, the script that makes them, the search for settings."""
+"""The runs behind the pages of results: their flags, the script that makes them, the search for settings."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import qrnn_layer
 from experiment import build_model
 from lab.command_line import parse
+from lab.corpora import load_corpus
 from lab.language_model import LanguageModel
 from lab.presets import PRESETS
 from lab.run import count_parameters
 from lab.synthetic import sample_sentences
 from qrnn import QRNN
-from qrnn_layer import pool
+from qrnn_layer import QRNNLayer, QRNNState
 from research import closed_form, context, studies, tune
 from research.studies import STUDIES, Job, identity, main
 
@@ -56,7 +56,7 @@ def test_flags_are_understood_and_no_run_is_done_twice(study, tmp_path, monkeypa
     monkeypatch.setattr(studies, "RESULTS", tmp_path)
     write_tuning(tmp_path)
     runs = STUDIES[study]()
-    assert len({identity(run, Path("text")) for run in runs.values()}) == len(runs)
+    assert len({identity(run, "of a text") for run in runs.values()}) == len(runs)
     for run in runs.values():
         assert importlib.util.find_spec(run.module)
         assert len(parse(run.flags.split(), PRESETS).models) == 1
@@ -72,6 +72,14 @@ def test_compared_models_have_as_many_recurrent_parameters(study):
     configs = [parse(run.flags.split(), PRESETS) for run in STUDIES[study]().values()]
     counts = [count_parameters(build_model(config, *config.models, vocabulary=10).rnn) for config in configs]
     assert max(counts) < 1.01 * counts[0] and min(counts) > 0.99 * counts[0]
+
+
+def test_one_word_in_the_first_layer_costs_no_parameters():
+    one, two = (
+        count_parameters(build_model(parse(STUDIES[study]()["QRNN, seed 0"].flags.split(), PRESETS), "qrnn", 10).rnn)
+        for study in ("first_kernel", "seeds")
+    )
+    assert 0.99 * two < one < 1.01 * two
 
 
 def test_compared_models_get_the_trial_that_was_best_on_validation(tmp_path, monkeypatch):
@@ -92,7 +100,7 @@ def test_tuned_models_need_the_tuning(tmp_path, monkeypatch, capsys):
     (tmp_path / "tuning.json").write_text(json.dumps(tuning))
     assert main(["tuned", "--data", str(tmp_path)]) == 2
     first, second = capsys.readouterr().err.strip().splitlines()
-    assert first == second and "lacks the same trials of both models" in first
+    assert first == second and "tuning.json" in first
 
 
 @pytest.fixture
@@ -114,36 +122,72 @@ def test_a_study_writes_what_came_out_and_does_not_run_it_again(data, away, monk
     content = json.loads((away / "tiny.json").read_text())
     assert set(content["runs"]) == {"good", "bad"}
     assert content["runs"]["good"]["models"][0]["model"] == "qrnn" and not content["runs"]["good"]["interrupted"]
-    assert content["runs"]["bad"]["error"].startswith("exit code 1: error: stopped")
-    assert "bad: exit code 1: error: stopped" in capsys.readouterr().out
+    assert content["runs"]["bad"]["error"].startswith("exit code 1: ")
+    assert f"bad: {content['runs']['bad']['error']}" in capsys.readouterr().out
     monkeypatch.setattr(studies, "subprocess", SimpleNamespace(run=lambda *_, **__: pytest.fail("run again")))
     jobs.pop("bad")
     assert main(["tiny", "--data", str(data)]) == 0
 
 
-def test_what_is_on_record_stays_until_its_run_succeeds(data, away, monkeypatch):
-    first, kept = Job(f"{TINY} --models qrnn"), {"identity": identity(DIVERGES, data)}
-    record = {"runs": {"first": {"identity": "of other settings"}, "second": kept, "third": kept, "gone": kept}}
-    (away / "tiny.json").write_text(json.dumps(record))
+def text_of(data: Path) -> str:
+    return load_corpus("text", data).sha256_of_words
+
+
+def test_what_is_on_record_stays_until_a_run_in_its_place_succeeds(data, away, monkeypatch):
+    first, kept = Job(f"{TINY} --models qrnn"), {"identity": identity(DIVERGES, text_of(data)), "models": []}
+    other = {"identity": "of other settings", "models": []}
+    failed = {"identity": kept["identity"], "error": "an older one"}
+    record = {"first": other, "second": kept, "third": other, "fourth": failed, "gone": kept}
+    (away / "tiny.json").write_text(json.dumps({"runs": record}))
     jobs = {"second": DIVERGES, "first": first, "third": Job(f"{DIVERGES.flags} --seed 1")}
+    jobs["fourth"] = Job(f"{DIVERGES.flags} --seed 2")
     monkeypatch.setitem(STUDIES, "tiny", lambda: jobs)
     assert main(["tiny", "--data", str(data)]) == 1
     runs = json.loads((away / "tiny.json").read_text())["runs"]
-    assert list(runs) == ["second", "first", "third"]
-    assert runs["second"] == kept and runs["first"]["models"][0]["model"] == "qrnn" and "error" in runs["third"]
+    assert list(runs) == ["second", "first", "third", "fourth", "gone"]
+    assert runs["first"]["models"][0]["model"] == "qrnn"
+    assert runs["second"] == runs["gone"] == kept and runs["third"] == other
+    assert runs["fourth"]["error"].startswith("exit code 1: ")
+
+
+@pytest.mark.parametrize("where", ["", "nowhere", "empty"])
+@pytest.mark.parametrize("command", ["studies", "tune", "context"])
+def test_without_the_corpus_nothing_runs_and_nothing_is_written(command, where, away, monkeypatch, capsys):
+    (away / "empty").mkdir()
+    monkeypatch.chdir(away)
+    monkeypatch.setattr(context, "RESULTS", away)
+    for name in ("tiny", *context.COMPARED):
+        monkeypatch.setitem(STUDIES, name, lambda: {"good": Job(f"{TINY} --models qrnn")})
+    for name in ("tiny", "tuning", "context"):
+        (away / f"{name}.json").write_text('{"runs": {"good": {"identity": "x", "models": []}}}')
+    before = {path.name: path.read_bytes() for path in away.glob("*.json")}
+    mains = {"studies": lambda: main(["tiny", "--data", where]), "context": lambda: context.main(["--data", where])}
+    mains["tune"] = lambda: tune.main([*TINY.split(), "--trials", "1", "--data", where])
+    assert mains[command]() == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("error: ") and ("empty" if where == "empty" else "--data") in line
+    assert {path.name: path.read_bytes() for path in away.glob("*.json")} == before and not (away / "runs").exists()
+
+
+def test_a_corpus_in_another_folder_is_the_same(data, away, monkeypatch):
+    monkeypatch.setitem(STUDIES, "tiny", lambda: {"good": Job(f"{TINY} --models qrnn")})
+    assert main(["tiny", "--data", str(data)]) == 0
+    data.rename(away / "elsewhere")
+    monkeypatch.setattr(studies, "subprocess", SimpleNamespace(run=lambda *_, **__: pytest.fail("run again")))
+    assert main(["tiny", "--data", str(away / "elsewhere")]) == 0
 
 
 def test_a_wrong_flag_is_one_line_before_anything_runs(data, away, monkeypatch, capsys):
     monkeypatch.setitem(STUDIES, "tiny", lambda: {"good": Job(TINY), "bad": Job(f"{TINY} --lr -1")})
     assert main(["tiny", "--data", str(data)]) == 2
-    assert capsys.readouterr().err.startswith("error: --lr -1") and not (away / "runs").exists()
+    assert "--lr -1" in capsys.readouterr().err and not (away / "runs").exists()
 
 
-def test_a_run_is_told_by_its_settings_not_by_its_flags():
-    other, folder = Job(f"{TINY} --models qrnn --hidden 8"), Path("text")
-    assert identity(other, folder) == identity(Job(f"{TINY} --models qrnn"), folder)
-    assert identity(Job(f"{TINY} --models qrnn --dense"), folder) != identity(other, folder)
-    assert identity(other, Path("ptb")) != identity(other, folder)
+def test_a_run_is_told_by_its_settings_and_its_text_not_by_its_flags():
+    other = Job(f"{TINY} --models qrnn --hidden 8")
+    assert identity(other, "text") == identity(Job(f"{TINY} --models qrnn"), "text")
+    assert identity(Job(f"{TINY} --models qrnn --dense"), "text") != identity(other, "text")
+    assert identity(other, "another text") != identity(other, "text")
 
 
 @pytest.mark.parametrize("script", [main, tune.main])
@@ -155,30 +199,39 @@ def test_a_forgotten_flag_is_one_line(script, capsys):
     assert "--data" in line
 
 
-def test_a_study_without_data_is_one_line(capsys):
-    assert main(["ablation", "--data", "nowhere"]) == 2
-    assert capsys.readouterr().err == "error: --data nowhere: no folder; give the one with the corpus\n"
-
-
-def test_the_plain_closed_form_is_the_recurrence():
-    log_f, x = -torch.rand(2, 9, 3, dtype=torch.float64), torch.rand(2, 9, 3, dtype=torch.float64)
-    h0 = torch.randn(2, 3, dtype=torch.float64)
-    exact = pool(log_f, x.log(), h0, method="loop")
-    torch.testing.assert_close(closed_form.recurrence(log_f, x, h0, "log", positive=True), exact)
+@pytest.mark.parametrize("mode", ["f", "fo", "ifo"])
+def test_the_plain_closed_form_is_the_recurrence(mode):
+    layer = QRNNLayer(4, 5, mode=mode, activation="softplus", dtype=torch.float64)
+    plain, x = closed_form.by_closed_form(layer), torch.randn(2, 9, 4, dtype=torch.float64)
+    state = QRNNState(torch.randn(2, 5, dtype=torch.float64), torch.randn(2, 1, 4, dtype=torch.float64))
+    torch.testing.assert_close(plain(x, state)[0], layer(x, state)[0])
+    wanted, found = (torch.autograd.grad(one(x, state)[0].square().sum(), one.weight)[0] for one in (layer, plain))
+    torch.testing.assert_close(found, wanted)
     with torch.no_grad():  # evaluation
-        torch.testing.assert_close(closed_form.recurrence(log_f, x, h0, "log", positive=True), exact)
+        assert torch.equal(plain(x, state)[0], layer(x, state)[0])
+
+
+def test_the_plain_closed_form_is_left_to_autograd():
+    layer = closed_form.by_closed_form(QRNNLayer(4, 5, activation="softplus", zoneout=0.5))
+    h, _ = layer(torch.randn(2, 9, 4))
+    seen, nodes = set(), [h.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        seen.add(node.name())
+        nodes += [other for other, _ in node.next_functions if other is not None]
+    assert any("Logcumsumexp" in name for name in seen) and not any("Pool" in name for name in seen)
+    h.sum().backward()
+    assert layer.weight.grad.isfinite().all()
 
 
 def test_the_plain_closed_form_trains(data, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(qrnn_layer, "_recurrence", qrnn_layer._recurrence)  # is put back
-    monkeypatch.setattr(closed_form.experiment.Config, "prefix", "")  # as well
     flags = [*TINY.split(), "--models", "qrnn", "--data", str(data)]
     assert closed_form.main([*flags, "--name", "plain", "--zoneout", "0.5"]) == 0
-    assert qrnn_layer._recurrence is closed_form.recurrence
-    assert closed_form.main([*flags, "--name", "signed", "--activation", "tanh"]) == 2
-    assert closed_form.main(flags) == 0 and (tmp_path / "runs" / "closed-form-demo-synthetic-0").is_dir()
-    assert "--activation tanh" in capsys.readouterr().err
+    for wrong in (["--activation", "tanh"], ["--generate", "the"]):
+        assert closed_form.main([*flags, "--name", "other", *wrong]) == 2
+        assert wrong[0] in capsys.readouterr().err and not (tmp_path / "runs" / "other").exists()
+    assert closed_form.main(flags) == 0 and (tmp_path / "runs" / "closed-form-demo-text-0").is_dir()
 
 
 def test_every_number_of_known_words_is_asked_of_the_same_words(monkeypatch):
@@ -203,14 +256,12 @@ def test_models_are_compared_by_the_words_they_know(data, away, monkeypatch, cap
     both = {name: Job(f"{TINY} --protocol stream --models {name}") for name in ("qrnn", "lstm")}
     monkeypatch.setitem(STUDIES, "tiny", lambda: both)
     assert context.main(["--data", str(data)]) == 2
-    assert "qrnn of tiny is not trained" in capsys.readouterr().err
-    assert context.main(["--data", str(data / "nowhere")]) == 2
-    assert "no folder" in capsys.readouterr().err
+    assert "qrnn of tiny" in capsys.readouterr().err
     assert main(["tiny", "--data", str(data)]) == 0 and context.main(["--data", str(data)]) == 0
     found = json.loads((away / "context.json").read_text())["studies"]["tiny"]
     monkeypatch.setattr(context, "KNOWN", (1, 1000))
     assert context.main(["--data", str(data)]) == 2
-    assert "1500 expected" in capsys.readouterr().err
+    assert f"--data {data}" in capsys.readouterr().err
     for qrnn, lstm, ratio in zip(found["qrnn"], found["lstm"], found["ratio"], strict=True):
         assert ratio == pytest.approx(qrnn / lstm)
     trained = json.loads((away / "tiny.json").read_text())["runs"]

@@ -1,0 +1,250 @@
+"""The tables of benchmarks/README.md, made from research/results/benchmark-<device>.json."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import pandas as pd
+from pandas import DataFrame
+
+from benchmarks.record import Benchmark, NotMeasured, span, wide
+
+PRECISION_METHODS = ("closed form, autograd", "log", "blocked", "scan", "loop")
+POOLING_SHAPE, LAYER_WIDTH, REFERENCE_LENGTH, LONG = (32, 128, 640), 640, 512, 16_384
+PAPER_WIDTH, PAPER_LENGTHS = 320, (32, 64, 128, 256, 512)
+PAPER = {  # batch size -> times as fast as cuDNN's LSTM at each length, inference: Fig. 4, right
+    8: (5.5, 8.8, 11.0, 12.4, 16.9),
+    16: (5.5, 6.7, 7.8, 8.3, 10.8),
+    32: (4.2, 4.5, 4.9, 4.9, 6.4),
+    64: (3.0, 3.0, 3.0, 3.0, 3.7),
+    128: (2.1, 1.9, 2.0, 2.0, 2.4),
+    256: (1.4, 1.4, 1.3, 1.3, 1.3),
+}
+LIMITS = {"copy": "gb_per_s", "matrix product": "gflop_per_s"}  # of the machine
+COMMAND = "python -m benchmarks"
+
+
+# --- exactness -------------------------------------------------------------------------------------------------------
+
+
+def precision(benchmark: Benchmark) -> str:
+    """Worst gate bias at each length: error of h / error of the gradient of log f."""
+    worst = benchmark.measured("precision").groupby(["method", "T"])[["forward", "gradient"]].max()
+    cells = worst.map("{:.0e}".format).agg(" / ".join, axis=1).unstack("T").loc[list(PRECISION_METHODS)]
+    return f"{wide(cells, 'method', 'T = {:,}'.format)}\n\n{benchmark.source()}"
+
+
+def readme_exactness(benchmark: Benchmark) -> str:
+    """The same for three ways to pool, at the greatest length."""
+    rows = benchmark.measured("precision")
+    longest = rows[rows["T"] == rows["T"].max()]
+    worst = longest.groupby("method")[["forward", "gradient"]].max().loc[["closed form, autograd", "blocked", "scan"]]
+    worst.index = ["the closed form, left to autograd", '`method="blocked"`', '`method="scan"`']
+    worst.columns = ["output h", "gradient of log f"]
+    return wide(worst.map("{:.0e}".format), f"largest relative error, float32, T = {rows['T'].max():,}")
+
+
+# --- pooling ---------------------------------------------------------------------------------------------------------
+
+
+def pooling_speed(benchmark: Benchmark) -> str:
+    """Time of every way to pool over that of "auto", and its memory, at the shape that the targets are for."""
+    rows = benchmark.measured("pooling", dtype="float32", **dict(zip("BTH", POOLING_SHAPE, strict=True)))
+    names, parts = rows["what"].unique(), list(rows["part"].unique())
+    times, memory = (rows.pivot(index="what", columns="part", values=value)[parts] for value in ("ms", "mib"))
+    ratios = (times / times.loc["auto"]).loc[names].map("{:.1f}".format)
+    peaks = memory.loc[names].map("{:,.0f}".format, na_action="ignore").dropna(axis="columns", how="all")
+    header = "{} x {} x {}, times over that of `auto`".format(*POOLING_SHAPE)
+    shown = wide(ratios.join(peaks.add_suffix(", MiB")), header)
+    reference = " and ".join(f"{times.loc['auto', part]:.3g} ms {part}" for part in parts)
+    return f"{shown}\n\n`auto` takes {reference}. {not_measured(benchmark)}".strip()
+
+
+def not_measured(benchmark: Benchmark) -> str:
+    """Which ways to pool were skipped, and why."""
+    rows = benchmark.rows("pooling").reindex(columns=["skipped", "what"]).dropna()
+    reasons = rows.groupby("skipped", sort=False)["what"].unique()
+    return " ".join(f"Not measured, {reason}: {'; '.join(names)}." for reason, names in reasons.items())
+
+
+def pooling_growth(benchmark: Benchmark) -> str:
+    """Time of every way to pool over that of "auto", forward and backward, against T."""
+    rows = benchmark.pooling_growth()
+    times = rows.pivot(index="what", columns="T", values="ms").loc[rows["what"].unique()]
+    first = rows.iloc[0]
+    header = f"B x T = {first['B'] * first['T']:,}, {first['H']} channels"
+    return wide((times / times.loc["auto"]).map("{:.1f}".format, na_action="ignore"), header, "T = {:,}".format)
+
+
+# --- layers ----------------------------------------------------------------------------------------------------------
+
+
+def ratios(rows: DataFrame, above: str, below: str, value: str = "ms") -> DataFrame:
+    """Return value of `above` / value of `below`: a row for each part, a column for each batch size and T."""
+    table = rows.pivot(index="part", columns=["B", "T", "what"], values=value).loc[rows["part"].unique()]
+    return table.xs(above, level="what", axis="columns") / table.xs(below, level="what", axis="columns")
+
+
+def layer_speed(benchmark: Benchmark) -> str:
+    """Time of nn.LSTM and nn.GRU over the QRNN's, and the QRNN's memory over nn.LSTM's, at 640 units."""
+    rows = benchmark.measured("layer", H=LAYER_WIDTH)
+    tables = {
+        "speed over LSTM": ratios(rows, "LSTM", "QRNN"),
+        "speed over GRU": ratios(rows, "GRU", "QRNN"),
+        "memory over LSTM": ratios(rows, "QRNN", "LSTM", value="mib"),
+    }
+    lines = pd.concat({label: table.dropna(how="all") for label, table in tables.items()}).swaplevel()
+    wanted = [(part, label) for part in rows["part"].unique() for label in tables if (part, label) in lines.index]
+    lines = lines.loc[wanted].map("{:.1f}".format, na_action="ignore")
+    lines.index, lines.columns = lines.index.map(", ".join), lines.columns.map("{0[0]} x {0[1]}".format)
+    return wide(lines, "batch x T")
+
+
+def readme_speed(benchmark: Benchmark) -> str:
+    """The range of `layer_speed` over all batch sizes and lengths."""
+    rows = benchmark.measured("layer", H=LAYER_WIDTH)
+    others = {f"over `nn.{name}`": ratios(rows, name, "QRNN") for name in ("LSTM", "GRU")}
+    lines = DataFrame({label: table.apply(span, axis="columns") for label, table in others.items()})
+    sizes = ratios(rows, "LSTM", "QRNN").columns
+    batches, lengths = (sizes.get_level_values(name) for name in ("B", "T"))
+    sizes = f"batches of {batches.min()} to {batches.max()}, T = {lengths.min()} to {lengths.max()}"
+    return wide(lines, f"times as fast, {LAYER_WIDTH} units, {sizes}")
+
+
+def speed_over_lstm(part: str, benchmark: Benchmark) -> str:
+    """The same of one part, for a sentence."""
+    return span(ratios(benchmark.measured("layer", H=LAYER_WIDTH), "LSTM", "QRNN").loc[part].dropna())
+
+
+def paper_speed(benchmark: Benchmark) -> dict[str, DataFrame]:
+    """LSTM's time over the QRNN's, a row for each batch size, as in the paper's Fig. 4; a GPU's beside that."""
+    rows = benchmark.measured("paper", H=PAPER_WIDTH)
+    grids = {}
+    if benchmark.origin["machine"]["gpu"]:
+        grids["the paper, inference"] = DataFrame.from_dict(PAPER, orient="index", columns=list(PAPER_LENGTHS))
+    return grids | {part: ratios(rows, "LSTM", "QRNN").loc[part].unstack("T") for part in rows["part"].unique()}
+
+
+def paper_grid(benchmark: Benchmark) -> str:
+    """These grids in one table."""
+    grids = paper_speed(benchmark)
+    cells = pd.concat({name: grid.map("{:.1f}".format) for name, grid in grids.items()})
+    cells = cells.groupby(level=1).agg(" / ".join)
+    return wide(cells, f"batch ({' / '.join(grids)})", "T = {:,}".format)
+
+
+def experiment_speed(benchmark: Benchmark) -> str:
+    """Training tokens a second of the two language models."""
+    rows = benchmark.measured("experiment")
+    rows["name"] = "`" + rows["preset"] + "`" + rows["amp"].map(lambda amp: f", {amp}" if amp else "")
+    speeds, widths = (rows.pivot(index="name", columns="what", values=value) for value in ("tokens_per_s", "hidden"))
+    lines = DataFrame(index=rows["name"].unique())
+    for name in ("qrnn", "lstm"):
+        lines[f"{name.upper()}, tokens/s"] = speeds[name].map("{:,.0f}".format) + widths[name].map(" ({} units)".format)
+    lines["QRNN / LSTM"] = (speeds["qrnn"] / speeds["lstm"]).map("{:.2f}".format)
+    return wide(lines, "preset")
+
+
+def data_parallel(benchmark: Benchmark) -> str:
+    """How many times as many tokens several processes read as one."""
+    speeds = benchmark.measured("processes").groupby("processes")["tokens_per_s"].median()
+    others = (f"{count} processes read {speed / speeds[1]:.2f} times as many" for count, speed in speeds.items())
+    return f"Tokens a second, one core a process: one reads {speeds[1]:,.0f}, {', '.join(list(others)[1:])}."
+
+
+def growth(benchmark: Benchmark) -> dict[str, DataFrame]:
+    """Time (ns) and memory (bytes) a token: against T at constant B T, and against B at constant T."""
+    pooling = benchmark.pooling_growth().query("what == 'auto'").assign(what="pooling")
+    layers = benchmark.measured("scaling")
+    rows = pd.concat([pooling, layers])
+    tokens = rows["B"] * rows["T"]
+    rows = rows.assign(ns=rows["ms"] * 1e6 / tokens, bytes=rows["mib"] * 2**20 / tokens)
+    longest = (pooling["B"] * pooling["T"]).max()
+    return {"T": rows[tokens == longest], "B": rows[(rows["T"] == REFERENCE_LENGTH) & (rows["what"] != "pooling")]}
+
+
+def layer_growth(benchmark: Benchmark) -> str:
+    """These sweeps as tables, and what growing T does to the time a token."""
+    parts, sweeps = [], growth(benchmark)
+    for axis, rows in sweeps.items():
+        table = rows.pivot(index="what", columns=axis, values=["ns", "bytes"]).stack(0, future_stack=True)
+        table = table.loc[[(name, value) for name in rows["what"].unique() for value in ("ns", "bytes")]]
+        table.index = table.index.map("{0[0]}, {0[1]} a token".format)
+        first = rows.iloc[0]
+        fixed = f"B x T = {first['B'] * first['T']:,}" if axis == "T" else f"T = {REFERENCE_LENGTH}"
+        form = f"{axis} = {{:,}}".format
+        parts.append(wide(table.map("{:,.0f}".format), f"{fixed}, {first['H']} units", form))
+    times = sweeps["T"].pivot(index="T", columns="what", values="ns")[sweeps["T"]["what"].unique()]
+    grown = ", ".join(f"{name} {ratio:.1f}" for name, ratio in (times.loc[LONG] / times.loc[REFERENCE_LENGTH]).items())
+    return "\n\n".join([*parts, f"Time a token at T = {LONG:,} over that at T = {REFERENCE_LENGTH}: {grown}."])
+
+
+# --- the machine's limits --------------------------------------------------------------------------------------------
+
+
+def roofline(benchmark: Benchmark) -> str:
+    """Bandwidth and rate of pooling and of a layer, and the part that is of what the machine can do."""
+    measured = benchmark.measured("roofline")
+    rows = measured.set_index("what")
+    lines = DataFrame({"ms": rows["ms"].map("{:,.1f}".format)})
+    for limit, value in LIMITS.items():
+        unit = {"gb_per_s": "GB/s", "gflop_per_s": "GFLOP/s"}[value]
+        part = rows[value] / rows.loc[limit, value].max()
+        lines[f"{unit} (of a {limit}'s)"] = [
+            f"{rate:,.3g} ({share:.0%})" if rate else "" for rate, share in zip(rows[value], part, strict=True)
+        ]
+    return wide(lines, "{B} x {T} x {H}".format(**measured.iloc[0]))
+
+
+def profile(benchmark: Benchmark) -> str:
+    """Where the time of training a layer goes."""
+    rows = benchmark.measured("profile")
+    shares = ", ".join(rows["what"] + rows["share"].map(" {:.0%}".format))
+    return "Of the time of {part} at {B} x {T} x {H}: ".format(**rows.iloc[0]) + shares + "."
+
+
+# --- blocks ----------------------------------------------------------------------------------------------------------
+
+TABLES: dict[str, Callable[[Benchmark], str]] = {
+    "precision": precision,
+    "pooling speed": pooling_speed,
+    "pooling growth": pooling_growth,
+    "layer speed": layer_speed,
+    "paper grid": paper_grid,
+    "experiment speed": experiment_speed,
+    "data parallel": data_parallel,
+    "layer growth": layer_growth,
+    "roofline": roofline,
+    "profile": profile,
+    "benchmark source": Benchmark.source,
+}
+
+
+def block(made: Callable[[Benchmark], str], device: str = "cpu") -> str:
+    """Return what `made` makes of the benchmark on a device, or which command measures it."""
+    try:
+        return made(Benchmark(device))
+    except NotMeasured as missing:
+        only = f" --only {missing}" if str(missing) else ""
+        return f"Not measured yet: `{COMMAND} --device {device}{only}` does it."
+
+
+def gpu() -> str:
+    """The same tables of a GPU, once they are measured."""
+    try:
+        Benchmark("cuda")
+    except NotMeasured:
+        return f"Nothing here has been measured on a GPU yet: `{COMMAND} --device cuda` does it."
+    return "\n\n".join(block(made, "cuda") for made in TABLES.values())
+
+
+BLOCKS: dict[str, Callable[[], str]] = {
+    **{name: partial(block, made) for name, made in TABLES.items()},
+    "readme exactness": partial(block, readme_exactness),
+    "readme speed": partial(block, readme_speed),
+    "inference speed": partial(block, partial(speed_over_lstm, "inference")),
+    "training speed": partial(block, partial(speed_over_lstm, "training")),
+    "stack speed": partial(block, partial(speed_over_lstm, "training inside a stack")),
+    "gpu": gpu,
+}

@@ -1,0 +1,187 @@
+"""The tables of research/README.md, made from research/results/*.json."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pandas as pd
+from pandas import DataFrame, Series
+
+from benchmarks.record import RESULTS, markdown, source, wide
+from research import studies
+from research.comparison import Compared
+from research.record import finished_runs, load
+from research.studies import NAMES
+
+FIT = "training text, with dropout"
+SIZES = {"hidden": "units", "sizes": "parameters, recurrent / all"}
+SCORES = {"valid_perplexity": "validation perplexity", "test_perplexity": "test perplexity", "fit": FIT}
+
+
+# --- the studies -----------------------------------------------------------------------------------------------------
+
+
+def recorded(name: str, command: str, made: Callable[[DataFrame], str]) -> str:
+    """What `made` makes of the runs in results/NAME.json, what is missing, and where they come from."""
+    on_record, runs = studies.on_record(name), finished_runs(name)
+    jobs = studies.STUDIES[name]() if name in studies.STUDIES else {}
+    lines = [f"{label} failed: {run['error']}." for label, run in on_record.items() if "error" in run]
+    missing = [label for label in jobs if label not in on_record]
+    if not on_record or missing:
+        what = f": {'; '.join(missing)}. It is done by " if on_record else ": "
+        lines.append(f"Not run yet{what}`{command} --data DIR`.")
+    shown = [made(runs), *lines, study_source(name)] if len(runs) else lines
+    return "\n\n".join(shown)
+
+
+def study_source(name: str) -> str:
+    """Return where the runs come from, from what they say themselves."""
+    content = load(f"{name}.json")
+    runs = [run for run in content["runs"].values() if "error" not in run]
+    starts = [start for run in runs for start in (*run.get("earlier_starts", ()), run)]
+
+    def all_of(parts: list[str]) -> str:
+        return " and ".join(sorted(set(parts)))
+
+    commits = all_of([start["commit"][:9] for start in starts])
+    where = all_of(
+        [run["machine"]["gpu"] or f"{run['machine']['cpu']}, {run['machine']['threads']} core" for run in runs]
+    )
+    versions = all_of(["torch {torch}, Python {python}".format(**run["versions"]) for run in runs])
+    return f"`research/results/{name}.json`: `{content['command']}`, commit {commits}, {where} a run, {versions}."
+
+
+def study(runs: DataFrame, first: str, scores: tuple[str, ...] = ("valid_perplexity",), by_value: bool = False) -> str:
+    """A row for each run; by value: the best one first."""
+    runs = runs.sort_values("valid_perplexity") if by_value else runs
+    shown = runs[["hidden", "sizes", *scores]].copy()
+    shown[[*scores]] = shown[[*scores]].map("{:.1f}".format)
+    return wide(shown.rename(columns=SIZES | SCORES), first)
+
+
+def longer(runs: DataFrame) -> str:
+    """A row for each run, a column for each epoch, and how well the training text is fitted in the last one."""
+    curves = runs["curve"].map(lambda lines: [line["valid_perplexity"] for line in lines])
+    shown = DataFrame(curves.to_list(), index=runs.index).rename(columns=lambda epoch: f"epoch {epoch + 1}")
+    shown = shown.assign(fit=runs["fit"]).map("{:.1f}".format)
+    shown.insert(0, "units", runs["hidden"])
+    return wide(shown.rename(columns=SCORES), "model")
+
+
+def tuning(runs: DataFrame) -> str:
+    """A row for each trial, which is the same for both models, the best of each in bold."""
+    runs = runs[runs["preset"] == "small"]
+    scores = runs.pivot(index=["epochs", "lr", "dropout", "weight_decay"], columns="model", values="valid_perplexity")
+    cells = {f"{label}, validation perplexity": best_in_bold(scores[name]) for name, label in NAMES.items()}
+    values = scores.index.to_frame(index=False)
+    forms = {"lr": "{:.2g}", "dropout": "{:.2f}", "weight_decay": "{:.2g}", "epochs": "{}"}
+    settings = DataFrame({name.replace("_", " "): values[name].map(form.format) for name, form in forms.items()})
+    return markdown(settings.rename(columns={"lr": "learning rate"}).assign(**cells))
+
+
+def best_in_bold(scores: Series) -> list[str]:
+    texts = scores.map("{:.2f}".format, na_action="ignore").fillna("")
+    return texts.mask(scores == scores.min(), "**" + texts + "**").to_list()
+
+
+def seeds(runs: DataFrame, names: dict[str, str] = NAMES, key: str = "model") -> str:
+    """Mean and standard deviation over the seeds, a row for each of the names."""
+    rows = []
+    for name, label in names.items():
+        mine = runs[runs[key] == name]
+        if len(mine):
+            row = {"model": label, "seeds": len(mine)} | {
+                shown: mine[column].iloc[0] for column, shown in SIZES.items()
+            }
+            rows.append(row | {shown: mean_and_deviation(mine[column]) for column, shown in SCORES.items()})
+    return markdown(DataFrame(rows))
+
+
+def mean_and_deviation(values: Series) -> str:
+    return f"{values.mean():.2f}" + (f" ± {values.std():.2f}" if len(values) > 1 else "")
+
+
+def first_kernel(runs: DataFrame) -> str:
+    """The first layer sees one word, or two as in the QRNNs of `seeds`; and the difference."""
+    two = finished_runs("seeds").query("model == 'qrnn'")
+    names = {"one": "QRNN, first layer k = 1", "two": "QRNN, k = 2 in both"}
+    both = pd.concat([runs.assign(first="one"), two.assign(first="two")])
+    shown = seeds(both, names, "first")
+    gap = Compared(runs["test_perplexity"], two["test_perplexity"]).difference()
+    return f"{shown}\n\nTest perplexity, k = 1 in the first layer minus k = 2: {gap}."
+
+
+# --- what is not a study ---------------------------------------------------------------------------------------------
+
+
+def context() -> str:
+    """A row for each number of words known: both perplexities and their ratio; the last row is of the training text."""
+    if not (RESULTS / "context.json").exists():
+        return "Not measured yet: `python -m research.context --data DIR` does it."
+    content = load("context.json")
+    columns = {"words known": [*spans(content["known"]), "training text, all words before"]}
+    for study in content["studies"].values():
+        fit, after = study["training_text"], f", {study['epochs']} epochs"
+        for name, label in NAMES.items():
+            columns[label + after] = [f"{score:.1f}" for score in (*study[name], fit[name])]
+        pairs = zip(study["ratio"], study["standard_error"], strict=True)
+        ratios = [f"{ratio:.3f} ± {error:.3f}" for ratio, error in pairs]
+        columns[f"QRNN / LSTM{after}"] = [*ratios, f"{fit['qrnn'] / fit['lstm']:.3f}"]
+    return f"{markdown(DataFrame(columns))}\n\n{source('context.json', content)}"
+
+
+def spans(known: list[int]) -> list[str]:
+    """1, 2, 3-4, 5-8 ...: what stands for 1, 2, 4, 8 ... words known."""
+    return [str(most) if most < 3 else f"{most // 2 + 1}-{most}" for most in known]
+
+
+def example(name: str, cells: Callable[[dict[str, Any]], dict[str, str]]) -> str:
+    """The models of an example: what every run has, and what `cells` makes of a result."""
+    content = load(name)
+    rows = [
+        {"model": f"{NAMES[model['model']]}, {model['hidden']} units"}
+        | {"recurrent parameters": f"{model['recurrent_parameters']:,}", "best epoch": model["best_epoch"]}
+        | cells(model)
+        for model in content["models"]
+    ]
+    return f"{markdown(DataFrame(rows))}\n\n{source(name, content)}"
+
+
+def sentiment() -> str:
+    """Accuracies and their intervals."""
+    splits = {"valid": "validation accuracy, %", "test": "test accuracy, %"}
+    interval = "{accuracy:.1f} ({low:.1f} to {high:.1f})"
+    return example(
+        "sentiment.json", lambda model: {label: interval.format(**model[split]) for split, label in splits.items()}
+    )
+
+
+def translation() -> str:
+    """BLEU and chrF with their signatures."""
+    scores = {"valid_perplexity": "validation perplexity", "bleu": "BLEU", "chrf": "chrF"}
+    made = example("translation.json", lambda model: {label: f"{model[score]:.2f}" for score, label in scores.items()})
+    first = load("translation.json")["models"][0]
+    return f"{made} BLEU: {first['bleu_signature']}; chrF: {first['chrf_signature']}."
+
+
+ALL = tuple(SCORES)
+STUDIES: dict[str, Callable[[DataFrame], str]] = {
+    "seeds": seeds,
+    "tuned": seeds,
+    "ablation": partial(study, first="what is changed", by_value=True),
+    "longer": longer,
+    "numerics": partial(study, first="pieces of T words", scores=ALL),
+    "ptb": partial(study, first="model", scores=ALL),
+    "ptb_short": partial(study, first="model"),
+    "wikitext2": partial(study, first="model", scores=ALL),
+    "first_kernel": first_kernel,
+}
+BLOCKS: dict[str, Callable[[], str]] = {
+    **{name: partial(recorded, name, f"python -m research.studies {name}", made) for name, made in STUDIES.items()},
+    "tuning": partial(recorded, "tuning", "python -m research.tune --preset small --amp bf16", tuning),
+    "context": context,
+    "sentiment": sentiment,
+    "translation": translation,
+}
