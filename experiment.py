@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":  # while it imports, Ctrl-C ends it without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -9,22 +14,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from tokenizers import Tokenizer
 from torch import nn
 
 from lab.batches import SentenceBatches, StreamBatches, build_vocabulary, encode
 from lab.command_line import exit_code, parse
-from lab.corpora import Corpus, length_filter, load_corpus, sentences
+from lab.corpora import Corpus, load_corpus, split_sentences
 from lab.dense_lstm import DenseLSTM
 from lab.language_model import LanguageModel, generate, next_word_loss
 from lab.presets import PRESETS, Config
-from lab.report import NAMES, Layout
-from lab.run import FREE_TO_CHANGE, Task, count_parameters, load_best, matched_width, read_record, run
+from lab.report import Layout, fenced
+from lab.run import Task, count_parameters, load_best, matched_width, recorded, run
+from lab.run_folder import RunFolder
 from lab.settings import InputError
 from lab.training import Batches, evaluate, perplexity
 from qrnn import QRNN
 
+VOCABULARY = "vocabulary.json"
+NAMES = Config.names
 SAMPLE_WORDS = 60
 EVALUATION_ROWS = 16  # sentences a batch: the longest ones set the memory that it takes
 HEAD_SEQUENCES = 4 * EVALUATION_ROWS  # of the validation split, to time evaluation on
@@ -79,7 +86,7 @@ def split_up(corpus: Corpus, config: Config) -> tuple[list[list[str]], ...]:
     """The sequences of the three splits, in words."""
     if config.protocol == "stream" or corpus.floor is not None:  # the lines of the artificial language are sentences
         return corpus.train, corpus.valid, corpus.test
-    return length_filter(sentences(corpus.train)), sentences(corpus.valid), sentences(corpus.test)
+    return split_sentences(corpus)
 
 
 def evaluation_batches(config: Config, sequences: list[torch.Tensor]) -> Batches:
@@ -174,7 +181,7 @@ class LanguageModelling(Task):
         self.config, self.data = config, prepare_data(config)
         self.train, self.valid, self.head = self.data.train, self.data.valid, self.data.valid_head
         self.fingerprint = self.data.fingerprint
-        self.files = {"vocabulary.json": self.data.tokenizer.to_str(pretty=True)}
+        self.files = {VOCABULARY: self.data.tokenizer.to_str(pretty=True)}
         floor = self.data.floor
         self.layout = Layout(
             unit="tokens",
@@ -221,7 +228,7 @@ def samples(results: list[dict[str, Any]], folder: Path) -> list[str]:
     """The part of the report that shows what the models write."""
     lines = ["", "The samples below come from the same random draws."] if len(results) > 1 else []
     for result in results:
-        lines += ["", f"## A sample of the {NAMES[result['model']]}", "", "```text", result["sample"], "```"]
+        lines += ["", f"## A sample of the {NAMES[result['model']]}", "", *fenced([result["sample"]])]
     return lines
 
 
@@ -236,18 +243,17 @@ def continue_text(config: Config, prompt: str) -> int:
     Raises:
         InputError, CheckpointError: there is no such run, or nothing in it.
     """
-    record, path = read_record(replace(config, resume=True)), config.folder / "vocabulary.json"
-    if record is None or not path.exists():
-        raise InputError(f"{config.folder} holds no run; train first, or give the --name or the --preset of one")
-    trained = replace(config, **{key: record["config"][key] for key in record["config"] if key not in FREE_TO_CHANGE})
-    tokenizer = Tokenizer.from_file(str(path))
+    folder = RunFolder(config.folder)
+    record = folder.record(config.experiment)
+    trained = recorded(config, record)
+    tokenizer = Tokenizer.from_str(folder.file(VOCABULARY, record))
     words = (prompt.lower() if trained.protocol == "sentence" else prompt).split()
     unknown = [word for word in words if tokenizer.token_to_id(word) is None]
     if unknown:
         print(f"not in the vocabulary, read as <unk>: {' '.join(unknown)}", file=sys.stderr)
     for name in trained.models:
         model = build_model(trained, name, tokenizer.get_vocab_size())
-        epoch, loss = load_best(config.folder / name, model, Accelerator(cpu=True))
+        epoch, loss = load_best(folder.model(name, record), model)
         print(f"{name} (epoch {epoch}, validation perplexity {perplexity(loss):.1f}):")
         print(sample(replace(trained, seed=config.seed), tokenizer, model, words) + "\n")
     return 0

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import nbformat
@@ -14,6 +15,9 @@ from latex2mathml.converter import convert
 from nbconvert import HTMLExporter
 from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 from pygments.formatters import HtmlFormatter
+
+from lab.command_line import Parser, exit_code
+from lab.settings import InputError
 
 STYLE = """
 body { max-width: 62rem; margin: 2rem auto; padding: 0 1rem; font: 17px/1.55 system-ui, sans-serif; color: #1a1a1a; }
@@ -72,10 +76,34 @@ def page(path: Path) -> str:
     return PAGE.format(title=path.stem, style=colours + STYLE, body=body)
 
 
-if __name__ == "__main__":
+def main(arguments: Sequence[str]) -> int:
+    """Write the notebooks that the arguments name as pages; return the exit code: 0, 2 if one cannot be read."""
+    parser = Parser("Write notebooks as pages that need no network, in build/book/.")
+    parser.add_argument("notebook", nargs="+", type=Path, help="a file .ipynb that was run")
+    return exit_code(lambda: write_pages(parser.parse_args(arguments).notebook))
+
+
+def write_pages(notebooks: list[Path]) -> int:
+    """Write each notebook as a page.
+
+    Raises:
+        InputError: if one cannot be read; then none is written.
+    """
+    pages = {}
+    for path in notebooks:
+        try:
+            pages[path] = page(path)
+        except (OSError, ValueError, AttributeError, nbformat.ValidationError) as error:
+            reason = getattr(error, "strerror", None) or "no notebook"
+            raise InputError(f"{path}: cannot be read ({reason}); a file .ipynb expected") from None
     folder = Path("build/book")
     folder.mkdir(parents=True, exist_ok=True)
-    for name in sys.argv[1:]:
-        target = folder / f"{Path(name).stem}.html"
-        target.write_text(page(Path(name)), encoding="utf-8")
+    for path, content in pages.items():
+        target = folder / f"{path.stem}.html"
+        target.write_text(content, encoding="utf-8")
         print(f"wrote {target}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

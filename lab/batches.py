@@ -33,22 +33,19 @@ IGNORE = -100  # target of a padded position, the default `ignore_index` of PyTo
 
 
 def build_vocabulary(sequences: Iterable[list[str]], size: int | None) -> Tokenizer:
-    """A word-level tokenizer of the most frequent words, equally frequent ones in alphabetical order.
+    """Return a word-level tokenizer of the most frequent words, equally frequent ones in alphabetical order.
 
     Args:
         sequences: words as they are to be counted: lower them first, if at all.
-        size: words to keep, `EOS` (id 0) and `UNK` (id 1) among them; None keeps all.
+        size: words to keep at most, `EOS` (id 0) and `UNK` (id 1) among them; None keeps all.
 
     Raises:
-        CorpusError: the sequences have fewer words than `size`, or `size` leaves room for none.
+        CorpusError: if `size` leaves room for no word.
     """
     counts = Counter(chain.from_iterable(sequences))
     words = sorted(counts.keys() - {EOS, UNK}, key=lambda word: (-counts[word], word))
-    if size is not None and not 2 < size <= len(words) + 2:
-        raise CorpusError(
-            f"vocabulary size: {size} given, 3 to {len(words) + 2} expected, "
-            f"for the training text has {len(words)} different words beside {EOS} and {UNK}"
-        )
+    if size is not None and size < 3:
+        raise CorpusError(f"vocabulary size: {size} given, at least 3 expected: {EOS}, {UNK} and a word")
     kept = [EOS, UNK, *words][:size]
     tokenizer = Tokenizer(WordLevel({word: index for index, word in enumerate(kept)}, unk_token=UNK))
     tokenizer.pre_tokenizer = WhitespaceSplit()

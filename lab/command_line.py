@@ -3,82 +3,145 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import errno
-import io
-import itertools
+import os
+import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NoReturn, TypeVar
 
 import tyro
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from lab.checkpoint import CheckpointError
+from lab.checkpoint import CheckpointError, cause
 from lab.corpora import CorpusError
+from lab.processes import ElsewhereError
+from lab.provenance import script
 from lab.run import RunConfig
 from lab.settings import InputError
+from lab.terminal import lost_output, make_patient
 from lab.training import TrainingError
 
+PATIENCE = 10  # seconds that a process waits for another to say what is wrong
 AnyConfig = TypeVar("AnyConfig", bound=RunConfig)
+REGISTRY = ConstructorRegistry()  # what tyro reads in another way than by itself
 
 
 class Parser(argparse.ArgumentParser):
-    """Of scripts with few flags: says what is wrong in one line, and takes no abbreviations."""
+    """Parse the flags of a script that has few of them: an error is one line, and no flag may be shortened."""
 
     def __init__(self, description: str | None) -> None:
         formatter = argparse.RawDescriptionHelpFormatter
-        super().__init__(description=description, formatter_class=formatter, allow_abbrev=False)
+        super().__init__(
+            prog=f"python {script()}", description=description, formatter_class=formatter, allow_abbrev=False
+        )
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message}\n")
 
 
 def parse(arguments: Sequence[str], presets: dict[str, AnyConfig]) -> AnyConfig:
-    """The preset with the flags on top; the first preset is the default.
+    """Return the preset that the arguments name, changed by their other flags; the first preset is the default.
+
+    `--demo` is short for `--preset demo`. tyro itself prints help and errors of flags.
 
     Raises:
-        InputError: a flag or a value that does not exist; the message is one line.
+        SystemExit: with code 0 after --help, 2 if a flag does not exist or a value is of the wrong kind.
+        InputError: if a value is out of range.
     """
+    words = ["--preset=demo" if word == "--demo" else word for word in arguments]
     default = next(iter(presets.values()))
     chosen = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     chosen.add_argument("--preset", default=default.preset)
-    preset = presets.get(chosen.parse_known_args(arguments)[0].preset, default)
-    message = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(message):
-            config = tyro.cli(type(preset), args=arguments, default=preset)
-    except SystemExit as stopped:
-        if not stopped.code:
-            raise  # --help
-        raise InputError(_without_box(message.getvalue())) from None
+    preset = presets.get(chosen.parse_known_args(words)[0].preset, default)
+    # tyro asks stdout alone whether to use colours
+    tyro._experimental_options["ansi_codes"] = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
+    config = tyro.cli(
+        type(preset),
+        prog=f"python {script()}",
+        args=words,
+        default=preset,
+        registry=REGISTRY,
+        console_outputs=_speaks(),
+    )
     config.check()
     return config
 
 
-def _without_box(message: str) -> str:
-    """What tyro says in its box, between the title and the hint at --help, in one line."""
-    lines = (line.strip("╭╮╰╯│─ ") for line in message.splitlines())
-    _, *inside = (line for line in lines if line.strip("-"))
-    return " ".join(itertools.takewhile(lambda line: not line.startswith("For full helptext"), inside))
+@REGISTRY.primitive_rule
+def _none(kind: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[None] | None:
+    """Accept "none" for None, in small letters too."""
+
+    def read(words: list[str]) -> None:
+        if words[0].lower() != "none":
+            raise ValueError(f"{words[0]!r} is not none")
+
+    if kind.type is not type(None):
+        return None
+    return PrimitiveConstructorSpec(1, "none", read, lambda value: value is None, lambda _: ["none"])
+
+
+@REGISTRY.primitive_rule
+def _path(kind: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Path] | None:
+    """Refuse the empty path, which would be the current folder."""
+
+    def read(words: list[str]) -> Path:
+        if not words[0]:
+            raise ValueError("empty; the current folder is called .")
+        return Path(words[0])
+
+    if kind.type is not Path:
+        return None
+    return PrimitiveConstructorSpec(1, "PATH", read, lambda value: isinstance(value, Path), lambda path: [str(path)])
 
 
 def exit_code(command: Callable[[], int]) -> int:
-    """What the command returns; 1 if it failed, 2 if its input was wrong, 130 if it was interrupted, each with one line
-    on stderr."""
+    """Run a command, and turn its errors into one line on stderr.
+
+    Returns:
+        what the command returns; 1 if it failed, 2 if its input was wrong, 130 if it was interrupted.
+    """
+    make_patient()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # until here Ctrl-C ended it without a word
     try:
-        return command()
-    except (InputError, CorpusError, CheckpointError) as error:
+        code = command()
+        lost = lost_output()
+        return code if lost is None else _fail(f"stdout: {lost.strerror}", 1)
+    except SystemExit as stopped:  # the parser has said what is wrong
+        if stopped.code:
+            _let_speak()
+        raise
+    except (InputError, CorpusError, CheckpointError, ElsewhereError) as error:
         return _fail(str(error), 2)
     except TrainingError as error:
         return _fail(str(error), 1)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return _fail(f"{cause(error)}; nothing that was written is lost, --resume goes on", 1)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "allocate" not in str(error):
             raise
-        return _fail("the disk is full; nothing that was written is lost: make room and go on with --resume", 1)
+        return _fail("out of memory; a smaller --batch-size or --hidden needs less", 1)
     except KeyboardInterrupt:
         return _fail("stopped at once; go on with --resume", 130)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"error: {message}", file=sys.stderr)
+    """Say in one process what is wrong."""
+    if _speaks():
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    _let_speak()
     return code
+
+
+def _speaks() -> bool:
+    """Of several processes that find the same, one on each machine says it; torchrun numbers them."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def _let_speak() -> None:
+    """Let the other processes wait for their launcher, which ends all once that one has."""
+    if not _speaks():
+        time.sleep(PATIENCE)

@@ -6,6 +6,7 @@ import ctypes
 import gc
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from importlib.metadata import version
@@ -27,7 +28,7 @@ def provenance(*, seed: int, device: str) -> dict[str, Any]:
     """
     status = _git("status", "--porcelain", "--untracked-files=no", "--", "*.py")  # not the results that it is about
     return {
-        "command": " ".join(["python", _script(), *map(_without_folder, sys.argv[1:])]),
+        "command": command(folders=False),
         "commit": _git("rev-parse", "HEAD"),
         "dirty": None if status is None else bool(status),
         "seed": seed,
@@ -44,7 +45,19 @@ def provenance(*, seed: int, device: str) -> dict[str, Any]:
     }
 
 
-def _script() -> str:
+def command(*, folders: bool) -> str:
+    """Return the command that runs, as a shell takes it.
+
+    Args:
+        folders: whether paths are named in full, as it takes to repeat it; results to be published name no folder.
+    """
+    processes = os.environ.get("WORLD_SIZE", "1")  # as torchrun says
+    launcher = ["python"] if processes == "1" else ["torchrun", f"--nproc-per-node={processes}"]
+    words = sys.argv[1:] if folders else map(_without_folder, sys.argv[1:])
+    return f"{' '.join(launcher)} {script()} {shlex.join(words)}".rstrip()
+
+
+def script() -> str:
     """Name what runs: `-m MODULE`, or a script, from the project's folder if it lies there."""
     module = getattr(sys.modules["__main__"], "__spec__", None)  # None for a script
     if module is not None:
@@ -75,9 +88,17 @@ def _cpu_name() -> str:
 
 
 def _memory_gib() -> float | None:
+    memory = memory_bytes(torch.device("cpu"))
+    return None if memory is None else round(memory / 2**30, 1)
+
+
+def memory_bytes(device: torch.device) -> int | None:
+    """Return the memory of a GPU, else of the machine; None where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
     if "SC_PHYS_PAGES" not in getattr(os, "sysconf_names", {}):
         return None
-    return round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1)
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def keep_freed_memory() -> None:

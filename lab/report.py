@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
+import math
+import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +20,14 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import StrMethodFormatter
 
 from lab.checkpoint import write_file
-from lab.settings import Settings
+from lab.provenance import command
+from lab.training import describe_time
 
-NAMES = {"qrnn": "QRNN", "lstm": "LSTM"}
 # dark blue and orange: told apart by the colour-blind, and in grey by lightness, dashes and markers
-STYLES: dict[str, dict[str, Any]] = {
-    "qrnn": {"color": "#0072B2", "linestyle": "-", "marker": "o"},
-    "lstm": {"color": "#E69F00", "linestyle": "--", "marker": "s"},
-}
+STYLES: tuple[dict[str, Any], ...] = (
+    {"color": "#0072B2", "linestyle": "-", "marker": "o"},
+    {"color": "#E69F00", "linestyle": "--", "marker": "s"},
+)
 Result = dict[str, Any]  # of one model, as JSON values
 
 
@@ -51,51 +54,62 @@ class Layout:
     best_possible: dict[str, float] = field(default_factory=dict)
 
 
+def styles(names: dict[str, str]) -> dict[str, dict[str, Any]]:
+    """Return how the lines of each model are drawn."""
+    return dict(zip(names, itertools.cycle(STYLES), strict=False))
+
+
 def write_report(
     folder: Path,
-    config: Settings,
-    corpus: dict[str, Any],
+    record: dict[str, Any],
     layout: Layout,
+    names: dict[str, str],
     results: list[Result],
+    logs: dict[str, list[dict[str, float]]],
     interrupted: bool,
     origin: dict[str, Any],
 ) -> str:
     """Write results.json, curves.png and report.md into the folder of the run.
 
     Args:
-        corpus: what is known about it, as JSON values.
+        folder: of the run.
+        record: the content of its config.json.
         layout: of the task.
+        names: of the models: what they are called in results -> in the report.
         results: what came out of each model.
+        logs: the lines of metrics.jsonl of each.
         interrupted: whether the run was stopped before its end.
         origin: the `provenance` of the run, from its start.
 
     Returns:
-        the table, in Markdown.
+        the table for a terminal.
     """
-    logs = {result["model"]: read_log(folder / result["model"] / "metrics.jsonl") for result in results}
-    table = comparison_table(results, layout)
+    rows = comparison(results, layout, names)
     on_gpu = origin["machine"]["device"] == "cuda"
     content = origin | {
         "interrupted": interrupted,
         "wall_seconds": sum(result["wall_seconds"] for result in results),
-        "config": {
-            name: value.name if isinstance(value, Path) else value  # folders are private
-            for name, value in asdict(config).items()
-            if name not in ("data", "resume", "generate")
-        },
-        "corpus": corpus,
+        "config": record["config"],
+        "corpus": record["corpus"],
         "best_possible": layout.best_possible,
         "peak_memory": "allocated on the GPU" if on_gpu else "of the whole process, data included",
         "models": [result | {"epochs": epoch_curve(logs[result["model"]], layout)} for result in results],
     }
-    write_file(folder / "results.json", json.dumps(content, indent=1) + "\n")
-    write_file(folder / "curves.png", draw_curves(logs, layout))
-    write_file(folder / "report.md", markdown(content, table, layout, layout.sections(results, folder)))
-    return table
+    write_file(folder / "results.json", json.dumps(_finite(content), indent=1) + "\n")
+    write_file(folder / "curves.png", draw_curves(logs, layout, names))
+    title = " and ".join(names[result["model"]] for result in results)
+    sections = layout.sections(results, folder)
+    write_file(folder / "report.md", markdown(title, content, markdown_table(rows), layout, sections))
+    return terminal_table(rows)
 
 
-def read_log(path: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+def _finite(content: Any) -> Any:
+    """Return the content with null where a number is not finite: JSON has no infinity."""
+    if isinstance(content, dict):
+        return {name: _finite(value) for name, value in content.items()}
+    if isinstance(content, list):
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def epoch_curve(log: list[dict[str, float]], layout: Layout) -> list[dict[str, float]]:
@@ -111,10 +125,10 @@ def epoch_curve(log: list[dict[str, float]], layout: Layout) -> list[dict[str, f
     ]
 
 
-def comparison_table(results: list[Result], layout: Layout) -> str:
-    """The table in Markdown, its columns lined up so that it reads well in a terminal too."""
+def comparison(results: list[Result], layout: Layout, names: dict[str, str]) -> list[list[str]]:
+    """Return the table, row by row: a header, a row for each model, and the best possible where it is known."""
     columns: dict[str, Callable[[Result], str]] = {
-        "model": model_cell,
+        "model": lambda result: model_cell(result, names),
         "units": lambda result: f"{result['hidden']:,}",
         "recurrent parameters": lambda result: f"{result['recurrent_parameters']:,}",
         "parameters": lambda result: f"{result['parameters']:,}",
@@ -128,32 +142,32 @@ def comparison_table(results: list[Result], layout: Layout) -> str:
     if layout.best_possible:
         known = {"model": "best possible"} | {name: f"{value:.2f}" for name, value in layout.best_possible.items()}
         rows.append([known.get(column, "") for column in columns])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    rows.insert(1, ["-" * width for width in widths])
-    lines = []
-    for row in rows:
-        first, *others = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        lines.append(f"| {' | '.join([first, *others])} |")
-    return "\n".join(lines)
+    return rows
 
 
-def model_cell(result: Result) -> str:
+def model_cell(result: Result, names: dict[str, str]) -> str:
     epoch = result["interrupted_at_epoch"]
-    return NAMES[result["model"]] + ("" if epoch is None else f" (stopped at epoch {epoch:.2f})")
+    return names[result["model"]] + ("" if epoch is None else f" (stopped at epoch {epoch:.2f})")
 
 
-def describe_time(seconds: float) -> str:
-    """For example "45 s", "12 min" or "3 h 20 min"."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    hours, minutes = divmod(round(seconds / 60), 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
+def markdown_table(rows: list[list[str]]) -> str:
+    """Return the table in Markdown, its columns lined up."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [rows[0], ["-" * width for width in widths], *rows[1:]]
+    return "\n".join(f"| {' | '.join(map(str.ljust, line, widths))} |" for line in lines)
 
 
-def markdown(content: dict[str, Any], table: str, layout: Layout, sections: list[str]) -> str:
+def terminal_table(rows: list[list[str]]) -> str:
+    """Return the table with a column for each model, so that it fits into 80 characters."""
+    columns = list(zip(*rows, strict=True))
+    widths = [max(len(column[i]) for column in columns) for i in range(len(rows))]
+    return "\n".join("  ".join(map(str.ljust, column, widths)).rstrip() for column in columns)
+
+
+def markdown(title: str, content: dict[str, Any], table: str, layout: Layout, sections: list[str]) -> str:
     """report.md."""
     corpus, machine = content["corpus"], content["machine"]
-    lines = [f"# {' and '.join(NAMES[result['model']] for result in content['models'])} on {corpus['name']}", ""]
+    lines = [f"# {title} on {corpus['name']}", ""]
     if content["interrupted"]:
         lines += ["**Interrupted**: go on with `--resume`. The test split is read when a model is finished.", ""]
     lines += [table, ""]
@@ -174,7 +188,7 @@ def markdown(content: dict[str, Any], table: str, layout: Layout, sections: list
         "",
         "## Where it comes from",
         "",
-        f"- `{content['command']}`",
+        f"- `{command(folders=True)}`",
         f"- commit {commits}",
         f"- {machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB{gpu}; {versions}",
         f"- corpus: {corpus['source']}",
@@ -182,7 +196,13 @@ def markdown(content: dict[str, Any], table: str, layout: Layout, sections: list
     return "\n".join(lines) + "\n"
 
 
-def draw_curves(logs: dict[str, list[dict[str, float]]], layout: Layout) -> bytes:
+def fenced(lines: list[str]) -> list[str]:
+    """Return lines of text as a block in Markdown, its fence longer than any row of backticks in it."""
+    fence = "`" * max(3, 1 + max((len(row) for line in lines for row in re.findall("`+", line)), default=0))
+    return [f"{fence}text", *lines, fence]
+
+
+def draw_curves(logs: dict[str, list[dict[str, float]]], layout: Layout, names: dict[str, str]) -> bytes:
     """A PNG: the validation loss against epochs and seconds, learning rate and gradient norm against steps."""
     figure, axes = plt.subplots(2, 2, figsize=(10, 7), layout="constrained")
     validation = f"validation {layout.measure}"
@@ -192,12 +212,13 @@ def draw_curves(logs: dict[str, list[dict[str, float]]], layout: Layout) -> byte
         (axes[1, 0], "step", "steps", "learning_rate", "learning rate"),
         (axes[1, 1], "step", "steps", "gradient_norm", "L2 norm of the gradient"),
     )
+    drawn = styles(names)
     for axis, x, x_label, y, y_label in panels:
         for name, log in logs.items():
             lines = [line for line in log if y in line]
             values = [layout.convert(line[y]) if y == "valid_loss" else line[y] for line in lines]
-            style = STYLES[name] if y == "valid_loss" else STYLES[name] | {"marker": "", "linewidth": 1}
-            axis.plot([line[x] for line in lines], values, label=NAMES[name], **style)
+            style = drawn[name] if y == "valid_loss" else drawn[name] | {"marker": "", "linewidth": 1}
+            axis.plot([line[x] for line in lines], values, label=names[name], **style)
         if y == "valid_loss" and validation in layout.best_possible:
             axis.axhline(layout.best_possible[validation], color="black", linestyle=":", label="best possible")
         if y != "learning_rate":

@@ -9,36 +9,35 @@ import sys
 import time
 from abc import ABC, abstractmethod
 from bisect import bisect_left
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from accelerate import Accelerator
-from filelock import FileLock, Timeout
 from torch import nn
 
-from lab.checkpoint import CheckpointError, load_checkpoint, write_file
+from lab.checkpoint import CheckpointError
+from lab.processes import StopSignal, agree, main_first, main_only
 from lab.provenance import keep_freed_memory, provenance
-from lab.report import Layout, describe_time, write_report
-from lab.settings import InputError, Settings
-from lab.training import Batches, Step, StopSignal, Trainer, agree, evaluate, seconds_per_item
+from lab.report import Layout, write_report
+from lab.run_folder import Content, ModelFolder, RunFolder
+from lab.settings import InputError, Settings, check_memory
+from lab.state import check_weights
+from lab.training import Batches, Step, Trainer, describe_time, evaluate, seconds_per_item
 
+AnyConfig = TypeVar("AnyConfig", bound="RunConfig")
 RUNS = Path("runs")
 PATIENCE_HOURS = 2  # on a CPU, a longer run is worth a hint
-# when a run is resumed
-FREE_TO_CHANGE = ("data", "glove", "name", "resume", "generate", "translate", "checkpoint_minutes")
 
 
 @dataclass(frozen=True)
 class Run:
-    """What is trained, and where it goes."""
+    """Where it goes, and how far."""
 
-    models: tuple[Literal["qrnn", "lstm"], ...] = ("qrnn", "lstm")
-    """Which models to train, in this order."""
     name: str | None = None
-    """Name of the run: its folder is runs/NAME. None: after the task, the preset and the seed."""
+    """Name of the run: its folder is runs/NAME. none: after the task, the preset, the corpus and the seed."""
     test: bool = True
     """Read the test split when a model is finished. --no-test: not while you still choose settings."""
     resume: bool = False
@@ -47,9 +46,17 @@ class Run:
 
 @dataclass(frozen=True)
 class RunConfig(Settings, Run):  # in --help the fields of the last base come first
-    """What every experiment has on its command line; it adds its own fields, and a `preset`."""
+    """What every experiment has on its command line; it adds its own fields, and a `preset`, a `corpus` and `models`.
 
-    prefix: ClassVar[str] = ""  # of a run without a name, so that experiments keep out of each other's way
+    Attributes:
+        names: of the models that there are: what they are called on the command line -> in reports.
+        free: fields that decide about no number: they may be others when a run is resumed.
+        prefix: of a run without a name, so that experiments keep out of each other's way.
+    """
+
+    names: ClassVar[dict[str, str]]
+    free: ClassVar[frozenset[str]] = frozenset({"name", "resume", "checkpoint_minutes"})
+    prefix: ClassVar[str] = ""
 
     def check(self) -> None:
         """Raises InputError: a value out of range."""
@@ -63,7 +70,16 @@ class RunConfig(Settings, Run):  # in --help the fields of the last base come fi
 
     @property
     def folder(self) -> Path:
-        return RUNS / (f"{self.prefix}{self.preset}-{self.seed}" if self.name is None else self.name)
+        return RUNS / (self.name or f"{self.prefix}{self.preset}-{self.corpus}-{self.seed}")
+
+    @property
+    def experiment(self) -> str:
+        """The name of the experiment, by which its runs are told from those of others."""
+        return self.prefix.rstrip("-") or "experiment"
+
+    def deciding(self) -> dict[str, Any]:
+        """The fields that decide about the numbers, as JSON values."""
+        return json.loads(json.dumps({name: value for name, value in asdict(self).items() if name not in self.free}))
 
 
 class Task(ABC):
@@ -129,137 +145,115 @@ def run(config: RunConfig, prepare: Callable[[int], Task]) -> int:
     Raises:
         InputError, CorpusError, CheckpointError: before anything is overwritten.
         TrainingError, OSError: nothing that was written is lost.
+        ElsewhereError: one of these in another process.
     """
     accelerator = Accelerator(cpu=config.device == "cpu")
     keep_freed_memory()
-    record = read_record(config)
-    with accelerator.main_process_first():
-        task = prepare(accelerator.num_processes)
-    check_same(task, accelerator.num_processes, record)
-    accelerator.wait_for_everyone()  # until all have looked at the folder
-    if not accelerator.is_main_process:
-        return train_all(task, accelerator, {})
-    if record is None:
-        config.folder.mkdir(parents=True, exist_ok=True)
-        for name, text in task.files.items():
-            write_file(config.folder / name, text)
-        record = new_record(task, accelerator.num_processes)
-    with only_process(config.folder):
-        origin = provenance(seed=config.seed, device=accelerator.device.type)
-        return train_all(task, accelerator, sign(record, config, origin))
+    folder = RunFolder(config.folder)
+    main_first(accelerator, lambda: folder.look(config.experiment, config.resume))  # before data takes its time
+    task = main_first(accelerator, lambda: prepare(accelerator.num_processes))
+    check_sizes(task, accelerator.device)
+    with contextlib.ExitStack() as held:
+
+        def begin() -> None:
+            held.enter_context(folder.locked())
+            before = folder.look(config.experiment, config.resume)  # again: nobody else writes now
+            record = new_record(task, accelerator.num_processes)
+            if before is not None:
+                check_same(config, record, before)
+            folder.begin(before or record, task.files)
+
+        main_only(accelerator, begin)
+        record = main_first(accelerator, lambda: folder.record(config.experiment))
+        return train_all(task, accelerator, folder, record)
 
 
-def train_all(task: Task, accelerator: Accelerator, origin: dict[str, Any]) -> int:
+def train_all(task: Task, accelerator: Accelerator, folder: RunFolder, record: Content) -> int:
     """Train the models that are not finished, and report on all; see `run`."""
-    config = task.config
-    announce(task, accelerator)
-    results = []
+    config, results, main = task.config, [], accelerator.is_main_process
+    folders = {name: folder.model(name, record) for name in config.models}
+    finished = main_first(accelerator, lambda: {name: mine.finished(main) for name, mine in folders.items()})
+    left = {name: mine for name, mine in folders.items() if finished[name] is None}
+    origin = provenance(seed=config.seed, device=accelerator.device.type) if main else {}
+    main_only(accelerator, lambda: folder.sign(record, origin, bool(left)))
+    announce(task, accelerator, left)
     with StopSignal() as stop:
-        for name in config.models:
-            results.append(finished_result(config, name) or train_model(task, name, stop))
+        for name, mine in folders.items():
+            results.append(finished[name] or train_model(task, name, mine, stop))
             if any(agree(accelerator, stop.requested)):
                 break
         interrupted = len(results) < len(config.models) or results[-1]["interrupted_at_epoch"] is not None
-    if accelerator.is_main_process:
-        table = write_report(config.folder, config, task.fingerprint, task.layout, results, interrupted, origin)
+
+    def report() -> None:
+        logs = {name: mine.log for name, mine in folders.items() if mine.log}
+        table = write_report(folder.path, record, task.layout, config.names, results, logs, interrupted, origin)
         go_on = " Go on with --resume." if interrupted else ""
-        print(f"\n{table}\n\nThe report is {config.folder / 'report.md'}.{go_on}")
+        print(f"\n{table}\n\nThe report is {folder.path / 'report.md'}.{go_on}")
+
+    main_only(accelerator, report)
     return 130 if interrupted else 0
 
 
-def new_record(task: Task, processes: int) -> dict[str, Any]:
+def new_record(task: Task, processes: int) -> Content:
     """What config.json holds: all that decides about the numbers."""
-    settings = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(task.config).items()}
-    return json.loads(json.dumps({"config": settings, "corpus": task.fingerprint, "processes": processes}))
+    record = {"experiment": task.config.experiment, "corpus": task.fingerprint, "processes": processes}
+    return json.loads(json.dumps(record)) | {"config": task.config.deciding()}
 
 
-def sign(record: dict[str, Any], config: RunConfig, origin: dict[str, Any]) -> dict[str, Any]:
-    """Write config.json, and in it the code that runs now, not that of tomorrow.
-
-    Returns:
-        the origin of all that was trained in the folder: a run may be resumed after a change of the code.
-    """
-    starts = record.setdefault("starts", [])
-    start = {"commit": origin["commit"], "dirty": origin["dirty"]}
-    trains = not all(finished_result(config, name) for name in config.models)
-    if start not in starts and (trains or not starts):
-        starts.append(start)
-    write_file(config.folder / "config.json", json.dumps(record, indent=1) + "\n")
-    return origin | starts[-1] | {"earlier_starts": starts[:-1]}
+def check_same(config: RunConfig, mine: Content, theirs: Content) -> None:
+    """Raises InputError: the run to be resumed is another one."""
+    pairs = [("processes", mine["processes"], theirs["processes"])]
+    for part in ("config", "corpus"):
+        names = [name for name in mine[part] | theirs[part] if name != "source"]
+        pairs += [(name, mine[part].get(name), theirs[part].get(name)) for name in names]
+    different = [f"{name} {old!r} became {new!r}" for name, new, old in pairs if new != old]
+    if different:
+        raise InputError(f"{config.folder} was started with other settings: {', '.join(different)}")
 
 
-@contextlib.contextmanager
-def only_process(folder: Path) -> Iterator[None]:
-    """Raises InputError: another process trains there."""
-    lock = FileLock(folder / ".lock")
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        message = f"{folder} is being trained by another process; wait for it, or choose another --name"
-        raise InputError(message) from None
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def read_record(config: RunConfig) -> dict[str, Any] | None:
-    """config.json of the run to be resumed; None for a new run.
+def check_sizes(task: Task, device: torch.device) -> None:
+    """Check that every model can be trained, before one is built.
 
     Raises:
-        InputError: the folder is in use and --resume is not given, or config.json cannot be read.
+        InputError: if the memory does not hold one.
     """
-    path = config.folder / "config.json"
-    if not config.resume and config.folder.exists() and any(config.folder.iterdir()):
-        raise InputError(f"{config.folder} exists; go on with it by --resume, or choose another --name")
-    if not path.exists():
-        return None
-    try:
-        return json.loads(path.read_text())
-    except ValueError:
-        raise InputError(f"{path} is damaged; start again under another --name") from None
+    for name in task.config.models:
+        with torch.device("meta"):  # shapes only
+            parameters = count_parameters(task.build(name))
+        what = f"{name} with --layers {task.config.layers}, --hidden {task.config.hidden}"
+        check_memory(f"{what}, --embedding {task.config.embedding}", parameters, device)
 
 
-def check_same(task: Task, processes: int, record: dict[str, Any] | None) -> None:
-    """Raises InputError: the run to be resumed is another one."""
-    if record is None:
-        return
-    mine = new_record(task, processes)
-    theirs = {key: record.get(key, {}) for key in ("config", "corpus")}
-    pairs = [("processes", processes, record.get("processes"))]
-    for part in ("config", "corpus"):
-        pairs += [(name, value, theirs[part].get(name)) for name, value in mine[part].items()]
-    different = [
-        f"{name} {old!r} became {new!r}"
-        for name, new, old in pairs
-        if new != old and name not in (*FREE_TO_CHANGE, "source")
-    ]
-    if different:
-        raise InputError(f"{task.config.folder} was started with other settings: {', '.join(different)}")
-
-
-def announce(task: Task, accelerator: Accelerator) -> None:
-    """Print what will be trained and about how long it takes."""
-    config, data = task.config, task.fingerprint
-    unit = task.layout.unit
+def announce(task: Task, accelerator: Accelerator, folders: dict[str, ModelFolder]) -> None:
+    """Print what will be trained, in which folders, and about how long it takes."""
+    config, data, unit = task.config, task.fingerprint, task.layout.unit
     accelerator.print(f"{data['name']}: {len(task.train):,} batches, {task.train.tokens:,} {unit} an epoch")
-    total = 0.0
-    for name in config.models:
-        if (config.folder / name / "result.json").exists():
-            continue
+    asked = getattr(config, "vocabulary", None)
+    if asked is not None and data["vocabulary"] < asked:
+        accelerator.print(f"--vocabulary {asked:,}: the training text has {data['vocabulary']:,} words; all are known")
+    lines, seconds = [], []
+    for name, folder in folders.items():
         model = task.build(name)  # built again, from the seed, to be trained
         step = seconds_per_item(model, task.step, task.train, config)
-        look = evaluation_seconds(task, model)
-        seconds = config.epochs * (step * task.train.tokens + look * task.valid.tokens)
-        total += seconds
-        recurrent = task.recurrent(model)
-        accelerator.print(
-            f"{name}: {count_parameters(recurrent):,} recurrent parameters of "
-            f"{count_parameters(model):,}, {1 / step:,.0f} {unit}/s, about {describe_time(seconds)} from the beginning"
+        epoch = step * task.train.tokens + evaluation_seconds(task, model) * task.valid.tokens
+        seconds.append(epoch * max(0, config.epochs - folder.steps() / len(task.train)))
+        lines.append(
+            f"{name}: {count_parameters(task.recurrent(model)):,} recurrent parameters of "
+            f"{count_parameters(model):,}, {1 / step:,.0f} {unit}/s, about"
         )
-    accelerator.print(f"The whole run will take about {describe_time(total)}; {config.folder} is its folder.")
-    if accelerator.device.type == "cpu" and total > PATIENCE_HOURS * 3600 and task.hint:
+    seconds = rounded(seconds)
+    for line, mine in zip(lines, seconds, strict=True):
+        accelerator.print(f"{line} {describe_time(mine)}")
+    what = "What is left" if config.resume else "The whole run"
+    accelerator.print(f"{what} will take about {describe_time(sum(seconds))}; {config.folder} is its folder.")
+    if accelerator.device.type == "cpu" and sum(seconds) > PATIENCE_HOURS * 3600 and task.hint:
         accelerator.print(task.hint)
+
+
+def rounded(seconds: list[float]) -> list[float]:
+    """All to minutes, or all to seconds if they are few, so that what is printed adds up."""
+    unit = 60 if sum(seconds) >= 100 else 1
+    return [unit * max(1, round(each / unit)) for each in seconds]
 
 
 def count_parameters(module: nn.Module) -> int:
@@ -288,21 +282,18 @@ def evaluation_seconds(task: Task, model: nn.Module) -> float:
     return (time.perf_counter() - started) / task.head.tokens
 
 
-def finished_result(config: RunConfig, name: str) -> dict[str, Any] | None:
-    """What came out of a model that was finished before the run was resumed."""
-    path = config.folder / name / "result.json"
-    return json.loads(path.read_text()) if path.exists() else None
-
-
-def train_model(task: Task, name: str, stop: StopSignal) -> dict[str, Any]:
+def train_model(task: Task, name: str, folder: ModelFolder, stop: StopSignal) -> dict[str, Any]:
     """Train one model and, when it is finished, test it at its best epoch."""
-    folder = task.config.folder / name
     model = task.build(name)
     trainer = Trainer(model, task.step, task.train, task.config, task.layout.unit)
-    outcome = trainer.run(folder, task.validate, stop, name)
-    progress, loss = outcome.progress, outcome.interrupted_loss
+    outcome = trainer.run(folder, task.validate, stop, name, task.layout.convert)
+    progress, loss, accelerator = outcome.progress, outcome.interrupted_loss, trainer.accelerator
     if loss is None or progress.best_loss <= loss:
-        best_epoch, best_loss = load_best(folder, model, trainer.accelerator)
+        best_epoch, best_loss = main_first(
+            accelerator, lambda: load_best(folder, model, training=accelerator.is_main_process)
+        )
+        if best_epoch < progress.best_epoch and accelerator.is_main_process:
+            print(f"{name}: the weights of epoch {progress.best_epoch}, the best, are lost", file=sys.stderr)
     else:  # interrupted where it was best: the weights at hand
         best_epoch, best_loss = progress.step / len(task.train), loss
     result = {
@@ -318,23 +309,43 @@ def train_model(task: Task, name: str, stop: StopSignal) -> dict[str, Any]:
         "peak_memory_bytes": progress.peak_memory,
         "interrupted_at_epoch": None if loss is None else progress.step / len(task.train),
     }
-    if loss is None and trainer.accelerator.is_main_process:
-        write_file(folder / "result.json", json.dumps(result, indent=1) + "\n")
+    if loss is None:
+        main_only(accelerator, lambda: folder.finish(result))
     return result
 
 
-def load_best(folder: Path, model: nn.Module, accelerator: Accelerator) -> tuple[int, float]:
+def load_best(folder: ModelFolder, model: nn.Module, training: bool = False) -> tuple[int, float]:
     """Put the best weights into the model; their epoch, counted from 1, and validation loss.
+
+    Args:
+        folder: of the model.
+        model: of the same form.
+        training: whether this process holds the lock of the run.
 
     Raises:
         CheckpointError: there are none that are undamaged.
     """
-    with accelerator.main_process_first():
-        found = load_checkpoint(folder, "best")
+
+    def accept(weights: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
+        if type(state["epoch"]) is not int or type(state["valid_loss"]) is not float:
+            raise CheckpointError("no epoch, no loss")
+        check_weights(model, weights)
+        model.load_state_dict(weights)
+
+    found = folder.load("best", accept, training)
     if found is None:
-        raise CheckpointError(f"{folder} holds no best checkpoint; train to the end of an epoch first")
-    weights, state, lines = found
-    for line in lines:
-        print(line, file=sys.stderr)
-    model.load_state_dict(weights)
-    return state["epoch"], state["valid_loss"]
+        raise CheckpointError(f"{folder.path} holds no best checkpoint; train to the end of an epoch first")
+    return found[1]["epoch"], found[1]["valid_loss"]
+
+
+def recorded(config: AnyConfig, record: Content) -> AnyConfig:
+    """Return the settings of a run, and from `config` those that decide about no number.
+
+    Raises:
+        InputError: another version of the program has settings that this one has not.
+    """
+    settings, known = record["config"], config.deciding()
+    if settings.keys() != known.keys():
+        names = ", ".join(sorted(settings.keys() ^ known.keys()))
+        raise InputError(f"{config.folder} is of another version of the program, with other settings: {names}")
+    return replace(config, **settings)

@@ -4,63 +4,90 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, get_args, get_type_hints
 
 import torch
 
+from lab.provenance import memory_bytes
+
+BYTES_PER_PARAMETER = 16  # in training: the weight, its gradient and two averages of the optimiser, float32 each
+
 
 class InputError(ValueError):
-    """The user asked for something impossible; the message is one line."""
+    """Say that the user asked for something impossible; the message is one line."""
+
+
+class Range(NamedTuple):
+    """Name the values that a number on the command line may have; infinity and NaN never."""
+
+    low: float = -math.inf
+    high: float = math.inf
+    above: float = -math.inf
+
+
+Count = Annotated[int, Range(low=1, high=10**6)]
+Layers = Annotated[int, Range(low=1, high=256)]
+KernelSize = Annotated[int, Range(low=1, high=1000)]
+Words = Annotated[int, Range(low=3)]  # <eos>, <unk> and a word
+Probability = Annotated[float, Range(low=0, high=1)]
+Positive = Annotated[float, Range(above=0)]
+NotNegative = Annotated[float, Range(low=0)]
 
 
 @dataclass(frozen=True)
 class Settings:
     """How to train, whatever the task."""
 
-    epochs: int = 40
-    """Passes over the training data."""
+    epochs: Count = 40
+    """How often to read the training data."""
     optimizer: Literal["adamw", "adam", "rmsprop", "sgd"] = "adamw"
-    """The optimiser, with PyTorch's defaults for what is not a flag here; alpha of rmsprop is 0.9, as in the paper."""
-    lr: float = 1e-3
-    """Learning rate (the highest one, with --schedule one-cycle), for the mean loss of a token."""
+    """Optimiser, as PyTorch sets it up; only rmsprop's alpha is the QRNN paper's, 0.9."""
+    lr: Positive = 1e-3
+    """Learning rate, the highest one with --schedule one-cycle. The loss is the mean over a batch."""
     schedule: Literal["constant", "one-cycle", "decay"] = "constant"
-    """Learning rate over time. one-cycle: up in a straight line, down along a cosine to 0. decay: see --lr-decay."""
-    warmup: float = 0.1
-    """one-cycle: the part of all steps during which the learning rate goes up."""
-    lr_decay: float = 0.95
+    """How the learning rate changes. one-cycle: it rises in a straight line, then falls along a cosine to 0.
+    decay: it shrinks from epoch to epoch, see --lr-decay."""
+    warmup: Probability = 0.1
+    """one-cycle: the part of all steps during which the learning rate rises."""
+    lr_decay: Annotated[float, Range(above=0, high=1)] = 0.95
     """decay: the factor of the learning rate after each epoch, once --lr-decay-after epochs are over."""
-    lr_decay_after: int = 6
+    lr_decay_after: Annotated[int, Range(low=0)] = 6
     """decay: epochs at the full learning rate."""
-    weight_decay: float = 0.01
+    weight_decay: NotNegative = 0.01
     """Weight decay of the optimiser."""
-    clip: float | None = None
-    """Gradients longer than this (L2 norm of all together) are shortened to it. None: never."""
-    seed: int = 0
-    """Of the initial weights, the order of the batches, dropout and zoneout."""
+    clip: Positive | None = None
+    """Shorten the gradient of a step to this L2 norm where it is longer. none: never."""
+    seed: Annotated[int, Range(low=0, high=2**63 - 1)] = 0
+    """Seed of all random numbers: initial weights, order of the batches, dropout, zoneout, generated data."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """Where to compute. auto: a GPU if there is one."""
+    """Where to compute. auto: on a GPU if there is one."""
     amp: Literal["bf16"] | None = None
     """bf16: train in mixed precision. Evaluation is always in float32."""
     compile: bool = False
     """Compile the models with torch.compile: minutes at the start, faster steps on a GPU."""
-    checkpoint_minutes: float = 10.0
+    checkpoint_minutes: NotNegative = 10.0
     """Minutes between checkpoints inside an epoch; there is always one at its end."""
 
     def check(self) -> None:
-        """Raises InputError: a setting that is out of range or that this machine does not have."""
-        for name in ("epochs", "lr", "lr_decay"):
-            check_range(name, getattr(self, name), above=0)
-        for name in ("lr_decay_after", "weight_decay", "checkpoint_minutes", "seed"):
-            check_range(name, getattr(self, name), low=0)
-        check_range("warmup", self.warmup, low=0, high=1)
-        if self.clip is not None:
-            check_range("clip", self.clip, above=0)
+        """Check every value before any work starts.
+
+        Raises:
+            InputError: if one is out of its `Range`, or this machine does not have the device.
+        """
+        for name, hint in get_type_hints(type(self), include_extras=True).items():
+            value = getattr(self, name)
+            for allowed in _ranges(hint):
+                if value is not None:
+                    check_range(name, value, **allowed._asdict())
         here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
         if not here.get(self.device, True):
             raise InputError(f"--device {self.device}: this machine has none that PyTorch can use; take auto or cpu")
 
     def learning_rate(self, step: int, steps_per_epoch: int) -> float:
-        """The learning rate of a step, counted from 0."""
+        """Return the learning rate of a step, counted from 0.
+
+        It needs the number of the step alone, so that a checkpoint holds no state of it.
+        """
         if self.schedule == "one-cycle":
             done = (step + 0.5) / (self.epochs * steps_per_epoch)  # 0 to 1
             if done < self.warmup:
@@ -71,11 +98,90 @@ class Settings:
         return self.lr
 
 
+@dataclass(frozen=True)
+class Networks:
+    """Which networks are compared.
+
+    Attributes:
+        names: of the models that there are: what they are called on the command line -> in reports.
+    """
+
+    names: ClassVar[dict[str, str]] = {"qrnn": "QRNN", "lstm": "LSTM"}
+
+    models: tuple[Literal["qrnn", "lstm"], ...] = ("qrnn", "lstm")
+    """Which models to train, in this order."""
+    embedding: Count = 300
+    """Width of the word vectors."""
+    hidden: Count = 256
+    """Width of each QRNN layer. The LSTM's follows from it, see --match."""
+    layers: Layers = 2
+    """Recurrent layers of either model."""
+    match: bool = True
+    """Give the LSTM as many recurrent parameters as the QRNN. --no-match: the same width."""
+    kernel_size: KernelSize = 2
+    """QRNN: how many inputs each step sees, its own and those before it."""
+    mode: Literal["f", "fo", "ifo"] = "fo"
+    """QRNN: its gates, by their letters. f: forget. fo: forget and output. ifo: input, forget and output."""
+    activation: Literal["softplus", "exp", "sigmoid", "relu", "tanh", "identity"] = "tanh"
+    """QRNN: function that makes the candidate, the new value that the gates let in. The paper's is tanh;
+    a positive one is pooled faster in log space."""
+    zoneout: Probability = 0.0
+    """QRNN: probability that a unit keeps its state for a step, in training."""
+    method: Literal["auto", "loop", "log", "blocked", "scan"] = "auto"
+    """QRNN: how the recurrence is computed; all methods give the same result. auto: the fastest for the device."""
+    dropout: Probability = 0.0
+    """Dropout between the recurrent layers."""
+
+
+def _ranges(hint: Any) -> list[Range]:
+    """Return the ranges in a type hint: Annotated[int, Range(...)], or that or None."""
+    parts = (hint, *get_args(hint))
+    return [extra for part in parts for extra in getattr(part, "__metadata__", ()) if isinstance(extra, Range)]
+
+
 def check_range(
     name: str, value: float, *, low: float = -math.inf, high: float = math.inf, above: float = -math.inf
 ) -> None:
-    """Raises InputError: unless low <= value <= high and value > above; NaN is never in range."""
-    if not (low <= value <= high and value > above):
+    """Check a number.
+
+    Raises:
+        InputError: unless low <= value <= high, above < value, and value is finite; NaN is never in range.
+    """
+    if not (low <= value <= high and above < value < math.inf):
         limits = [f"more than {above:g}"] * (above > -math.inf) + [f"at least {low:g}"] * (low > -math.inf)
-        limits += [f"at most {high:g}"] * (high < math.inf)
-        raise InputError(f"--{name.replace('_', '-')} {value}: {' and '.join(limits)} expected")
+        limits += [f"at most {high:,}"] * (high < math.inf)
+        raise InputError(f"{flag(name)} {value}: {' and '.join(limits) or 'a finite number'} expected")
+
+
+def check_text(name: str, text: str) -> None:
+    """Check a text of the command line.
+
+    Raises:
+        InputError: if its bytes were not in the encoding of the terminal: then it holds lone surrogates.
+    """
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise InputError(f"{flag(name)} {text!r}: these bytes are no text here; give it in UTF-8")
+
+
+def check_memory(what: str, parameters: int, device: torch.device) -> None:
+    """Check that a model can be trained, before it is built.
+
+    Args:
+        what: to be trained, with the flags that decide about its size.
+        parameters: how many it has.
+        device: where.
+
+    Raises:
+        InputError: if they, their gradients and the state of the optimiser are larger than the memory.
+    """
+    needed, there = parameters * BYTES_PER_PARAMETER, memory_bytes(device)
+    if there is not None and needed > there:
+        raise InputError(
+            f"{what}: {parameters:,} parameters need {needed / 2**30:,.1f} GiB in training, "
+            f"{device.type} has {there / 2**30:,.1f}; smaller widths or fewer layers needed"
+        )
+
+
+def flag(name: str) -> str:
+    """Return the flag of a setting."""
+    return f"--{name.replace('_', '-')}"

@@ -5,18 +5,14 @@ It knows nothing of words. A task gives it a model, the batches and a `Step`, wh
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import signal
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
-from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -25,9 +21,24 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lab.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from lab.checkpoint import CheckpointError, State, Weights
+from lab.processes import StopSignal, agree, main_first, main_only
 from lab.provenance import peak_memory, reset_peak_memory
+from lab.run_folder import ModelFolder, parse_log
 from lab.settings import Settings
+from lab.state import (
+    Batch,
+    Carried,
+    Progress,
+    check_optimizer,
+    check_weights,
+    detached,
+    generator_states,
+    moved,
+    progress_from,
+    set_generator_states,
+    to_device,
+)
 
 LOG_LINES = 500  # lines of metrics.jsonl a run, about
 OPTIMIZERS = {
@@ -40,8 +51,6 @@ FLOOR_TOLERANCE = 1e-3  # nats: by chance a perfect model of a finite split lies
 
 ADVICE = "the last good checkpoint is kept; a lower --lr or --clip may help, under another --name"
 
-Batch = tuple[Tensor, ...]  # each tensor has one row a sequence
-Carried = Tensor | tuple | None  # what a model remembers from one batch to the next, tuples nested as it likes
 # Step(model, batch, carried) -> sum of the losses, number of items they are of, what to carry
 Step = Callable[[nn.Module, Batch, Carried], tuple[Tensor, Tensor, Carried]]
 
@@ -65,58 +74,12 @@ class FutureLeakWarning(UserWarning):
     """A model is better than possible."""
 
 
-@dataclass
-class Progress:
-    """How far the training of a model has come. All numbers are whole epochs, steps, items or seconds."""
-
-    step: int = 0
-    epoch: int = 0  # epochs completed
-    batch: int = 0  # batches done of the epoch that is running
-    items: int = 0
-    seconds: float = 0.0  # of training steps alone
-    wall_seconds: float = 0.0  # with evaluations and checkpoints
-    peak_memory: int = 0  # bytes, see `peak_memory`
-    best_loss: float = math.inf  # validation, nats an item
-    best_epoch: int = 0  # counted from 1
-    epoch_loss: float = 0.0  # sum over the running epoch
-    epoch_items: int = 0
-    window: list[tuple[float, float, float]] = field(default_factory=list)  # steps since the last line of the log
-    metrics_bytes: int = 0  # length of metrics.jsonl
-
-
 @dataclass(frozen=True)
 class Outcome:
     """What training came to: `interrupted_loss` is the validation loss where it was stopped, None if it is finished."""
 
     progress: Progress
     interrupted_loss: float | None
-
-
-class StopSignal:
-    """Within `with`, Ctrl-C and SIGTERM ask for a stop after the step; a second one stops at once."""
-
-    def __enter__(self) -> StopSignal:
-        self.requested = False
-        self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _ask(self, number: int, frame: object) -> None:
-        if self.requested:
-            raise KeyboardInterrupt
-        self.requested = True
-        print("\nstopping after this step, with a report; once more to stop at once", file=sys.stderr)
-
-
-def agree(accelerator: Accelerator, *wishes: bool) -> tuple[bool, ...]:
-    """What any process wishes, all do."""
-    if accelerator.num_processes == 1:
-        return wishes
-    votes = torch.tensor(wishes, dtype=torch.float32, device=accelerator.device)
-    return tuple(bool(vote) for vote in accelerator.reduce(votes, "sum"))
 
 
 class Trainer:
@@ -182,36 +145,43 @@ class Trainer:
 
     # --- the whole training ------------------------------------------------------------------------------------------
 
-    def run(self, folder: Path, evaluate: Callable[[nn.Module], float], stop: StopSignal, label: str) -> Outcome:
+    def run(
+        self,
+        folder: ModelFolder,
+        evaluate: Callable[[nn.Module], float],
+        stop: StopSignal,
+        label: str,
+        show: Callable[[float], float] = float,
+    ) -> Outcome:
         """Train to the end, or on from the last checkpoint in the folder, or until asked to stop.
 
         Args:
             folder: of the model; metrics.jsonl and the checkpoints "last" and "best" are kept there.
             evaluate: the model's mean validation loss of an item.
             stop: looked at after each step; with several processes, at each line of the log.
-            label: of the progress bar.
+            label: of the line that is printed after each epoch.
+            show: what to print in the place of a loss.
 
         Raises:
             CheckpointError: no usable checkpoint.
-            OSError: the disk is full.
+            OSError: a file cannot be written; it is named.
             TrainingError: the loss is not finite.
         """
-        self._log = folder / "metrics.jsonl"
-        if self.accelerator.is_main_process:
-            folder.mkdir(parents=True, exist_ok=True)
-        self.restore(folder)
+        self._folder, self._label, self._show = folder, label, show
+        main_only(self.accelerator, folder.make)
+        main_first(self.accelerator, self.restore)
         reset_peak_memory(self.device)
         with tqdm(
             total=self.settings.epochs * len(self.batches),
             initial=self.progress.step,
             desc=label,
             unit="step",
-            mininterval=0.5 if sys.stderr.isatty() else 60,
-            disable=not self.accelerator.is_main_process,
+            mininterval=0.5,
+            disable=not (self.accelerator.is_main_process and sys.stderr.isatty()),
         ) as self._bar:
-            return self._epochs(folder, evaluate, stop)
+            return self._epochs(evaluate, stop)
 
-    def _epochs(self, folder: Path, evaluate: Callable[[nn.Module], float], stop: StopSignal) -> Outcome:
+    def _epochs(self, evaluate: Callable[[nn.Module], float], stop: StopSignal) -> Outcome:
         progress = self.progress
         self._resume_clock()
         saved = time.perf_counter()
@@ -226,15 +196,15 @@ class Trainer:
                     due = logging and time.perf_counter() - saved > 60 * self.settings.checkpoint_minutes
                     stopping, due = agree(self.accelerator, stop.requested, due)
                     if stopping or due:
-                        self._save(folder)
+                        self._save()
                         saved = time.perf_counter()
                     if stopping:
                         return Outcome(progress, interrupted_loss=evaluate(self.model))
-            self._end_epoch(folder, evaluate)
+            self._end_epoch(evaluate)
             saved = time.perf_counter()
         return Outcome(progress, interrupted_loss=None)
 
-    def _end_epoch(self, folder: Path, evaluate: Callable[[nn.Module], float]) -> None:
+    def _end_epoch(self, evaluate: Callable[[nn.Module], float]) -> None:
         progress = self.progress
         self.read_steps()
         train_loss = progress.epoch_loss / progress.epoch_items
@@ -245,12 +215,24 @@ class Trainer:
             raise TrainingError(f"stopped after epoch {progress.epoch}: validation loss {valid_loss:g}; {ADVICE}")
         self._training_since = time.perf_counter()
         self._write(epoch=progress.epoch, step=progress.step, train_loss=train_loss, valid_loss=valid_loss)
+        main_only(self.accelerator, lambda: self._keep_best(valid_loss))
+        self._save()
+        if self.accelerator.is_main_process:
+            self._bar.write(self._epoch_line(valid_loss))
+
+    def _keep_best(self, valid_loss: float) -> None:
+        progress = self.progress
         if valid_loss < progress.best_loss:
             progress.best_loss, progress.best_epoch = valid_loss, progress.epoch
-            if self.accelerator.is_main_process:
-                best = {"epoch": progress.epoch, "valid_loss": valid_loss}
-                save_checkpoint(folder, "best", self.model.state_dict(), best)
-        self._save(folder)
+            best = {"epoch": progress.epoch, "valid_loss": valid_loss}
+            self._folder.save("best", self.model.state_dict(), best)
+
+    def _epoch_line(self, valid_loss: float) -> str:
+        """For example "qrnn epoch 2/4: valid 95.2, 9 min left"; from the speed since the beginning, resumed or not."""
+        progress, total = self.progress, self.settings.epochs * len(self.batches)
+        line = f"{self._label} epoch {progress.epoch}/{self.settings.epochs}: valid {self._show(valid_loss):.4g}"
+        left = progress.wall_seconds / progress.step * (total - progress.step)
+        return f"{line}, {describe_time(left)} left" if left else line
 
     # --- reading the losses, which is where a GPU has to wait --------------------------------------------------------
 
@@ -290,13 +272,11 @@ class Trainer:
         self._bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} {self.unit}/s", refresh=False)
 
     def _write(self, **line: float) -> None:
-        if self.accelerator.is_main_process:
-            with open(self._log, "a") as log:
-                log.write(json.dumps(line | {"seconds": self.progress.seconds}) + "\n")
+        main_only(self.accelerator, lambda: self._folder.append(line | {"seconds": self.progress.seconds}))
 
     # --- checkpoints -------------------------------------------------------------------------------------------------
 
-    def _save(self, folder: Path) -> None:
+    def _save(self) -> None:
         self.read_steps()
         progress = self.progress
         if not all(bool(parameter.isfinite().all()) for parameter in self.model.parameters()):
@@ -304,48 +284,47 @@ class Trainer:
         progress.wall_seconds += time.perf_counter() - self._wall_since
         progress.peak_memory = max(progress.peak_memory, peak_memory(self.device))
         ranks = gather_object([{"generators": generator_states(self.device), "carried": moved(self.carried, "cpu")}])
-        if self.accelerator.is_main_process:
-            with open(self._log, "ab") as log:
-                os.fsync(log.fileno())  # the checkpoint counts on the lines before it
-                progress.metrics_bytes = log.tell()
-            state = {"progress": asdict(progress), "optimizer": self.optimizer.state_dict(), "ranks": ranks}
-            save_checkpoint(folder, "last", self.model.state_dict(), state)
+        state = {"progress": asdict(progress), "optimizer": self.optimizer.state_dict(), "ranks": ranks}
+        main_only(self.accelerator, lambda: self._folder.save("last", self.model.state_dict(), state))
         self._resume_clock()
 
     def _resume_clock(self) -> None:
         self._training_since = self._wall_since = time.perf_counter()
 
-    def restore(self, folder: Path) -> None:
-        """Go on from the last checkpoint in the folder, if there is one.
+    def restore(self) -> None:
+        """Go on from the last good checkpoint in the folder, if there is one, and bring metrics.jsonl to where it was.
 
         Raises:
-            CheckpointError: all are damaged, or metrics.jsonl is shorter than it was.
+            CheckpointError: all are damaged.
         """
-        with self.accelerator.main_process_first():
-            found = load_checkpoint(folder, "last")
-        if found is None:
-            self._cut_log()
-            return
-        weights, state, lines = found
-        for line in lines:
-            print(line, file=sys.stderr)
-        self.model.load_state_dict(weights)
-        self.optimizer.load_state_dict(state["optimizer"])
-        mine = state["ranks"][self.accelerator.process_index]
-        set_generator_states(mine["generators"])
-        self.carried = moved(mine["carried"], self.device)
-        self.progress = Progress(**state["progress"])
-        self._cut_log()
+        main = self.accelerator.is_main_process
+        found = self._folder.load("last", self._accept, training=main)
+        if main:
+            self._folder.restart_log([] if found is None else parse_log(found[1]["log"]))
 
-    def _cut_log(self) -> None:
-        """Remove the lines that were written after the checkpoint: they will be written again."""
-        if not self.accelerator.is_main_process:
-            return
-        size = self._log.stat().st_size if self._log.exists() else 0
-        if size < self.progress.metrics_bytes:
-            raise CheckpointError(f"{self._log} is shorter than at the checkpoint; start again under another --name")
-        if size > self.progress.metrics_bytes:
-            os.truncate(self._log, self.progress.metrics_bytes)
+    def _accept(self, weights: Weights, state: State) -> None:
+        """Take over a checkpoint; raises something where it does not fit this model."""
+        check_weights(self.model, weights)
+        check_optimizer(self.model, state["optimizer"])
+        parse_log(state["log"])
+        progress = progress_from(state["progress"])
+        if not (0 <= progress.epoch <= self.settings.epochs and 0 <= progress.batch <= len(self.batches)):
+            raise CheckpointError(f"epoch {progress.epoch}, batch {progress.batch} are not of this training")
+        mine = state["ranks"][self.accelerator.process_index]
+        carried = moved(mine["carried"], self.device)
+        self.model.load_state_dict(weights)
+        self._try(carried)
+        self.optimizer.load_state_dict(state["optimizer"])
+        set_generator_states(mine["generators"])
+        self.carried, self.progress = carried, progress
+
+    @torch.no_grad()
+    def _try(self, carried: Carried) -> None:
+        """See that the model can go on from what was carried."""
+        if carried is not None:
+            rows, _ = self._share(next(iter(self.batches.epoch(0))))
+            self.step(self.model.eval(), rows, carried)
+            self.model.train()
 
 
 # --- evaluation ------------------------------------------------------------------------------------------------------
@@ -400,37 +379,9 @@ def seconds_per_item(model: nn.Module, step: Step, batches: Batches, settings: S
     return trainer.progress.seconds / trainer.progress.items
 
 
-# --- tensors in tuples -----------------------------------------------------------------------------------------------
-
-
-def detached(carried: Carried) -> Carried:
-    """Without the history; every kind of tuple becomes a plain one, which a checkpoint can hold."""
-    if isinstance(carried, tuple):
-        return tuple(detached(part) for part in carried)
-    return None if carried is None else carried.detach()
-
-
-def moved(carried: Carried, device: torch.device | str) -> Carried:
-    """On the device."""
-    if isinstance(carried, tuple):
-        return tuple(moved(part, device) for part in carried)
-    return None if carried is None else carried.to(device)
-
-
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    """A batch of the same type on the device."""
-    return type(batch)(*(tensor.to(device, non_blocking=True) for tensor in batch))
-
-
-def generator_states(device: torch.device) -> dict[str, Tensor]:
-    """The states of all random number generators that training on the device draws from."""
-    states = {"cpu": torch.get_rng_state()}
-    if device.type in ("cuda", "mps"):
-        states[device.type] = getattr(torch, device.type).get_rng_state()
-    return states
-
-
-def set_generator_states(states: dict[str, Tensor]) -> None:
-    """The inverse of `generator_states`."""
-    for name, state in states.items():
-        torch.set_rng_state(state) if name == "cpu" else getattr(torch, name).set_rng_state(state)
+def describe_time(seconds: float) -> str:
+    """For example "45 s", "12 min" or "3 h 20 min"."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"

@@ -69,7 +69,7 @@ def main(arguments: Sequence[str]) -> int:
             )
         if config.generate is not None:
             raise InputError("--generate: use experiment.py, with the --name of this run")
-        named = replace(config, name=config.name or f"closed-form-{config.preset}-{config.seed}")
+        named = replace(config, name=config.name or f"closed-form-{config.preset}-{config.corpus}-{config.seed}")
         return run(named, lambda processes: ClosedFormModelling(named, processes))
 
     return exit_code(command)

@@ -11,8 +11,8 @@ from pandas import DataFrame, Series
 from scipy.stats import ttest_ind
 
 from benchmarks.record import markdown
-from lab.report import NAMES
 from research.record import finished_runs, load
+from research.studies import NAMES
 
 
 class Compared(NamedTuple):

@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -33,6 +32,7 @@ from lab.language_model import next_word_loss
 from lab.presets import PRESETS, Config
 from lab.provenance import provenance
 from lab.run import RUNS, load_best
+from lab.run_folder import ModelFolder
 from lab.settings import InputError
 from lab.training import evaluate, perplexity
 from research.studies import RESULTS, ROOT, STUDIES, corpus_folder, finished, identify
@@ -103,7 +103,7 @@ def compare(models: dict[str, tuple[Config, Path]], data: Path) -> dict[str, Any
         corpus = load_corpus(config.corpus, data)
         tokenizer = build_vocabulary(corpus.train, config.vocabulary)
         model = build_model(config, name, tokenizer.get_vocab_size())
-        load_best(folder, model, Accelerator(cpu=True))
+        load_best(ModelFolder(folder), model)
         words = torch.cat(encode(tokenizer, corpus.valid))
         if len(words) < 1.5 * KNOWN[-1]:
             raise InputError(f"--data {data}: {len(words)} words to validate on, {1.5 * KNOWN[-1]:.0f} expected")

@@ -18,10 +18,12 @@ from pandas import DataFrame
 from benchmarks.record import Benchmark, NotMeasured
 from benchmarks.tables import growth, paper_speed
 from examples.translation.attention import draw_attention
-from lab.report import NAMES, STYLES
+from lab.report import styles
 from research.record import RESULTS, finished_runs, load
+from research.studies import NAMES
 from research.tables import spans
 
+STYLES = styles(NAMES)
 WIDTH = 4.6  # inches: at 390 pixels a letter of 10 points is 12 pixels high
 DPI = 200
 WAYS = {  # of pooling: the name in the benchmark -> label, style

@@ -26,7 +26,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,14 +35,14 @@ from tqdm import tqdm
 from lab.checkpoint import write_file
 from lab.command_line import Parser, exit_code, parse
 from lab.corpora import load_corpus
-from lab.presets import PRESETS
+from lab.presets import PRESETS, Config
 from lab.provenance import provenance
-from lab.report import NAMES
-from lab.run import FREE_TO_CHANGE, RUNS
+from lab.run import RUNS
 from lab.settings import InputError
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "research" / "results"
+NAMES = Config.names
 JOBS = 2  # runs at a time
 BF16 = " --amp bf16"
 SMALL = f"--preset small{BF16}"
@@ -301,8 +300,8 @@ def identity(job: Job, sha256_of_words: str) -> str:
 
 def settings(job: Job) -> dict[str, Any]:
     """Return all that decides about the numbers, but the text; raises InputError: a wrong flag."""
-    config = asdict(parse(job.flags.split(), PRESETS))
-    chosen = {name: value for name, value in config.items() if name not in (*FREE_TO_CHANGE, "preset")}
+    chosen = parse(job.flags.split(), PRESETS).deciding()
+    del chosen["preset"]
     if chosen["first_kernel_size"] is None:  # as in the runs on record, which had no such flag
         del chosen["first_kernel_size"]
     return chosen

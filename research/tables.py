@@ -10,10 +10,10 @@ import pandas as pd
 from pandas import DataFrame, Series
 
 from benchmarks.record import RESULTS, markdown, source, wide
-from lab.report import NAMES
 from research import studies
 from research.comparison import Compared
 from research.record import finished_runs, load
+from research.studies import NAMES
 
 FIT = "training text, with dropout"
 SIZES = {"hidden": "units", "sizes": "parameters, recurrent / all"}

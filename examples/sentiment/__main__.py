@@ -2,104 +2,35 @@
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":  # while it imports, Ctrl-C ends it without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import hashlib
-import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
+from scipy.stats import binomtest
 from tokenizers import Tokenizer
-from torch import Tensor, nn
+from torch import nn
 
 from examples.sentiment.config import PRESETS, Config
-from examples.sentiment.data import LABELS, Batch, Review, ReviewBatches, load_reviews, read_vectors
+from examples.sentiment.data import LABELS, Review, ReviewBatches, load_reviews, read_vectors
+from examples.sentiment.model import Classifier, build_model, label_loss
 from lab.batches import build_vocabulary, encode
 from lab.command_line import exit_code, parse
-from lab.dense_lstm import DenseLSTM
-from lab.report import NAMES, Layout
-from lab.run import Task, count_parameters, matched_width, run
-from lab.training import Carried
-from qrnn import QRNN
+from lab.report import Layout, fenced
+from lab.run import Task, run
 
+NAMES = Config.names
 EVALUATION_ROWS = 32
 HEAD_REVIEWS = 4 * EVALUATION_ROWS  # of the validation split, to time evaluation on
-INITIAL_RANGE = 0.25  # of the random word vectors: as in the CNN of Kim 2014, whose 76.1 % is the mark for mr
 EXAMPLES = 3  # reviews of a kind that the report shows,
 EXAMPLE_WORDS = 40  # and how much of each
-
-
-# --- the models ------------------------------------------------------------------------------------------------------
-
-
-class Classifier(nn.Module):
-    """Reads a review and says how likely it is positive, from the output of the last layer at the last word.
-
-    Args:
-        rnn: (B, T, embedding) -> (B, T, hidden), and a state. It must never look ahead: padding comes after the words.
-        hidden: the width of its output.
-        vocabulary: number of words.
-        embedding: width of the word vectors.
-        dropout: probability, on the word vectors and before the classifier.
-    """
-
-    def __init__(self, rnn: nn.Module, hidden: int, vocabulary: int, embedding: int, dropout: float) -> None:
-        super().__init__()
-        self.rnn, self.hidden = rnn, hidden
-        self.embedding = nn.Embedding(vocabulary, embedding)
-        self.dropout = nn.Dropout(dropout)
-        self.logit = nn.Linear(hidden, 1)
-        nn.init.uniform_(self.embedding.weight, -INITIAL_RANGE, INITIAL_RANGE)
-
-    def forward(self, words: Tensor, lengths: Tensor) -> Tensor:
-        """The log-odds of "positive", (B,).
-
-        Args:
-            words: (B, T), int64.
-            lengths: (B,), at least 1: what comes after words[b, : lengths[b]] is padding.
-        """
-        h, _ = self.rnn(self.dropout(self.embedding(words)))  # (B, T, H)
-        encoded = h[torch.arange(len(h), device=h.device), lengths - 1]  # (B, H)
-        return self.logit(self.dropout(encoded)).squeeze(1)
-
-
-def build_qrnn(config: Config, hidden: int) -> QRNN:
-    return QRNN(
-        config.embedding,
-        hidden,
-        config.layers,
-        batch_first=True,
-        dropout=config.dropout if config.layers > 1 else 0.0,  # with one layer there is nothing between layers
-        kernel_size=config.kernel_size,
-        mode=config.mode,
-        activation=config.activation,
-        dense=True,
-    )
-
-
-def build_lstm(config: Config, hidden: int) -> DenseLSTM:
-    return DenseLSTM(config.embedding, hidden, config.layers, config.dropout)
-
-
-def build_model(config: Config, name: str, vocabulary: int) -> Classifier:
-    """The classifier "qrnn" or "lstm", initialised from the seed."""
-    hidden, build = config.hidden, {"qrnn": build_qrnn, "lstm": build_lstm}[name]
-    if name == "lstm":
-        with torch.device("meta"):
-            target = count_parameters(build_qrnn(config, hidden))
-        hidden = matched_width(target, lambda width: build_lstm(config, width))
-    torch.manual_seed(config.seed)
-    return Classifier(build(config, hidden), hidden, vocabulary, config.embedding, config.dropout)
-
-
-def label_loss(model: nn.Module, batch: Batch, carried: Carried) -> tuple[Tensor, Tensor, Carried]:
-    """The negative log-likelihoods of the labels, summed, in nats; how many they are; no state. A `training.Step`."""
-    logits = model(batch.words, batch.lengths).float()  # (B,)
-    losses = F.binary_cross_entropy_with_logits(logits, batch.labels.float(), reduction="none")
-    precise = torch.float32 if losses.device.type == "mps" else torch.float64  # MPS has no float64
-    return losses.sum(dtype=precise), losses.new_tensor(len(losses)), carried
 
 
 # --- how good they are -----------------------------------------------------------------------------------------------
@@ -136,15 +67,13 @@ def predict(model: Classifier, batches: ReviewBatches) -> list[Prediction]:
 
 
 def accuracy(predictions: list[Prediction]) -> dict[str, float]:
-    """The accuracy and the ends of its 95 % confidence interval, in %.
+    """Return the accuracy and the ends of its 95 % confidence interval, in %.
 
-    Wilson's score interval (E. B. Wilson 1927, JASA 22, 209-212): unlike p +- z s it never leaves 0 to 100.
+    Wilson's score interval (E. B. Wilson 1927, JASA 22, 209-212) never leaves 0 to 100.
     """
-    count, z = len(predictions), 1.959964  # the normal distribution has 2.5 % above z
-    p = sum(prediction.right for prediction in predictions) / count
-    centre = (p + z**2 / (2 * count)) / (1 + z**2 / count)
-    half = z / (1 + z**2 / count) * math.sqrt(p * (1 - p) / count + (z / (2 * count)) ** 2)
-    return {"accuracy": 100 * p, "low": 100 * (centre - half), "high": 100 * (centre + half)}
+    right = sum(prediction.right for prediction in predictions)
+    interval = binomtest(right, len(predictions)).proportion_ci(method="wilson")
+    return {"accuracy": 100 * right / len(predictions), "low": 100 * interval.low, "high": 100 * interval.high}
 
 
 def describe_accuracy(measured: dict[str, float] | None) -> str:
@@ -173,14 +102,15 @@ def examples(results: list[dict[str, Any]], folder: Path) -> list[str]:
     """The part of the report that shows what the models are sure of."""
     lines = ["", "Validation reviews as the models read them, those with the surest predictions, right and wrong:"]
     for result in results:
-        lines += ["", f"## What the {NAMES[result['model']]} is surest of", "", "```text"]
+        lines += ["", f"## What the {NAMES[result['model']]} is surest of", ""]
+        shown = []
         for example in result["examples"]:
             verdict = "right" if example["predicted"] == example["label"] else "WRONG"
             words, more = example["words"][:EXAMPLE_WORDS], " ..." * (len(example["words"]) > EXAMPLE_WORDS)
-            lines.append(
+            shown.append(
                 f"{verdict}, {100 * example['probability']:.2f} % {example['predicted']}: {' '.join(words)}{more}"
             )
-        lines.append("```")
+        lines += fenced(shown)
     return lines
 
 
@@ -284,7 +214,7 @@ def main(arguments: Sequence[str]) -> int:
     """The exit code: 0, 1 if the run failed, 2 if the input was wrong, 130 if it was interrupted."""
 
     def command() -> int:
-        config = parse(["--preset=demo" if word == "--demo" else word for word in arguments], PRESETS)
+        config = parse(arguments, PRESETS)
         return run(config, lambda processes: Sentiment(config))
 
     return exit_code(command)

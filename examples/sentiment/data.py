@@ -1,8 +1,9 @@
-"""Labelled reviews for `sentiment.py`: rt-polarity, IMDb, generated ones; folds, batches, ready-made word vectors."""
+"""Labelled reviews: rt-polarity, IMDb, generated ones; folds, batches, ready-made word vectors."""
 
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
@@ -13,7 +14,7 @@ from tokenizers.pre_tokenizers import BertPreTokenizer
 from torch import Tensor
 
 from lab.batches import EOS_ID, IGNORE, SentenceBatches
-from lab.corpora import CorpusError, fetch
+from lab.corpora import CONTROL, CorpusError, check_folder, fetch, folder_name
 
 FOLDS = 10
 LABELS = ("negative", "positive")  # 0 and 1
@@ -46,12 +47,12 @@ def load_reviews(corpus: str, data: Path | None, fold: int, seed: int) -> Review
         seed: of the folds and of the generated sentences.
 
     Raises:
-        CorpusError: it is not there, or not what it should be.
+        CorpusError: if it is not there, cannot be read, or is not what it should be.
     """
     if data is not None and corpus == "synthetic":
         raise CorpusError(f"{data}: given as data of the synthetic corpus, which is generated: leave it out")
-    if data is not None and not data.is_dir():
-        raise CorpusError(f"{data}: no such folder; expected one that holds the files of {corpus}")
+    if data is not None:
+        check_folder(data, f"the files of {corpus}")
     if corpus == "imdb":
         return imdb(data, fold, seed)
     return rt_polarity(data, fold, seed) if corpus == "rt-polarity" else synthetic(seed)
@@ -70,13 +71,18 @@ def rt_polarity(folder: Path | None, fold: int, seed: int) -> Reviews:
     reviews = []
     for label, ending in enumerate(("neg", "pos")):
         path = folder / f"rt-polarity.{ending}"
-        if not path.is_file():
-            raise CorpusError(f"{folder}: no {path.name} there; rt-polarity is rt-polarity.pos and rt-polarity.neg")
-        lines = path.read_bytes().decode("latin-1").split("\n")  # not splitlines: Latin-1's \x85 is no line break here
+        try:
+            text = path.read_bytes().decode("latin-1")
+        except FileNotFoundError:
+            what = "rt-polarity is rt-polarity.pos and rt-polarity.neg"
+            raise CorpusError(f"{folder}: no {path.name} there; {what}") from None
+        except OSError as error:
+            raise CorpusError(f"{path}: cannot be read ({error.strerror})") from None
+        lines = CONTROL.sub(" ", text).split("\n")  # not splitlines: Latin-1's \x85 is no line break here
         reviews += [Review(line.split(), label) for line in lines if line.strip()]
     folds = stratified_folds(reviews, seed)
     test, valid = folds.pop(fold), folds.pop(fold % len(folds))
-    return Reviews(f"folder {folder.resolve().name}, fold {fold}", list(chain(*folds)), valid, test)
+    return Reviews(f"folder {folder_name(folder)}, fold {fold}", list(chain(*folds)), valid, test)
 
 
 def imdb(folder: Path | None, fold: int, seed: int) -> Reviews:
@@ -85,15 +91,16 @@ def imdb(folder: Path | None, fold: int, seed: int) -> Reviews:
     Fold `fold` of the official training split is validation. Words are split at blanks and punctuation, case is kept.
     """
     raw = _download() if folder is None else {split: _read_folder(folder / split) for split in ("train", "test")}
-    split = BertPreTokenizer().pre_tokenize_str
-    texts = {
-        name: [Review([word for word, _ in split(text.replace("<br />", " "))], label) for text, label in rows]
-        for name, rows in raw.items()
-    }
+    texts = {name: [Review(_words(text), label) for text, label in rows] for name, rows in raw.items()}
     folds = stratified_folds(texts["train"], seed)
     valid = folds.pop(fold)
-    source = "download of stanfordnlp/imdb" if folder is None else f"folder {folder.resolve().name}"
+    source = "download of stanfordnlp/imdb" if folder is None else f"folder {folder_name(folder)}"
     return Reviews(f"{source}, validation on fold {fold} of train", list(chain(*folds)), valid, texts["test"])
+
+
+def _words(text: str) -> list[str]:
+    clean = CONTROL.sub(" ", text.replace("<br />", " "))
+    return [word for word, _ in BertPreTokenizer().pre_tokenize_str(clean)]
 
 
 def _read_folder(folder: Path) -> list[tuple[str, int]]:
@@ -102,7 +109,10 @@ def _read_folder(folder: Path) -> list[tuple[str, int]]:
         paths = sorted((folder / name).glob("*.txt"))
         if not paths:
             raise CorpusError(f"{folder / name}: no reviews there; IMDb is the folder aclImdb, as it was unpacked")
-        rows += [(path.read_text(encoding="utf-8", errors="replace"), label) for path in paths]
+        try:
+            rows += [(path.read_text(encoding="utf-8", errors="replace"), label) for path in paths]
+        except OSError as error:
+            raise CorpusError(f"{error.filename}: cannot be read ({error.strerror})") from None
     return rows
 
 
@@ -212,32 +222,54 @@ class ReviewBatches:
 
 # --- word vectors ----------------------------------------------------------------------------------------------------
 
+HEADER = re.compile(r"\d+ (\d+)\s*")  # number of words, numbers of a word
+
 
 def read_vectors(path: Path, vocabulary: dict[str, int], width: int) -> dict[int, Tensor]:
-    """The ready-made vectors of the words that are known, from a text file as GloVe's: a word and its numbers a line.
+    """Read the ready-made vectors of the words that are known.
 
     A word that the file does not have takes the vector of its lower-case form, if there is one.
+
+    Args:
+        path: of a text file with a word and its numbers on each line, as GloVe has; above them may stand how many
+            words and numbers there are, as in fastText and word2vec.
+        vocabulary: word -> id.
+        width: numbers of a word.
 
     Returns:
         id -> (width,), float32.
 
     Raises:
-        CorpusError: no such file, not UTF-8, or a line that is not a word and `width` numbers.
+        CorpusError: if there is no such file, it is not UTF-8, a line is not a word and `width` numbers, or no word
+            of it is known.
     """
     wanted = vocabulary.keys() | {word.lower() for word in vocabulary}
     found = {}
     try:
         with path.open(encoding="utf-8", newline="\n") as lines:
             for number, line in enumerate(lines, start=1):
+                where = f"{path}, line {number}"
+                if number == 1 and (header := HEADER.fullmatch(line)):
+                    _check_width(int(header[1]), width, where)
+                    continue
                 word, *numbers = line.rstrip().rsplit(" ", width)  # from the right: some words have blanks in them
                 if len(numbers) < width or (number == 1 and " " in word):  # the first line tells the width of the file
-                    raise CorpusError(f"{path}, line {number}: {line.count(' ')} numbers given, --embedding {width}")
+                    _check_width(line.rstrip().count(" "), width, where)
                 if word in wanted:
-                    found[word] = _vector(numbers, f"{path}, line {number}")
-    except (OSError, UnicodeDecodeError) as error:
-        raise CorpusError(f"{path}: cannot be read ({error.args[-1]})") from error
+                    found[word] = _vector(numbers, where)
+    except UnicodeDecodeError as error:
+        raise CorpusError(f"{path}: not UTF-8 text; of word2vec's files give the text form, not the binary") from error
+    except OSError as error:
+        raise CorpusError(f"{path}: cannot be read ({error.strerror})") from error
+    if not found:
+        raise CorpusError(f"{path}: has none of the {len(vocabulary):,} words of the training text; another language?")
     pairs = ((index, found.get(word, found.get(word.lower()))) for word, index in vocabulary.items())
     return {index: vector for index, vector in pairs if vector is not None}
+
+
+def _check_width(given: int, width: int, where: str) -> None:
+    if given != width:
+        raise CorpusError(f"{where}: {given} numbers given, --embedding {width} expected")
 
 
 def _vector(numbers: list[str], where: str) -> Tensor:

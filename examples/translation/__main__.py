@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":  # while it imports, Ctrl-C ends it without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import hashlib
 import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from accelerate import Accelerator, PartialState
+from accelerate import PartialState
 from sacrebleu.metrics import BLEU, CHRF
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -24,7 +27,6 @@ from examples.translation.config import PRESETS, Config
 from examples.translation.data import (
     BOS,
     EOS,
-    Batch,
     Pair,
     PairBatches,
     ParallelText,
@@ -35,74 +37,23 @@ from examples.translation.data import (
     reversed_strings,
 )
 from examples.translation.lstm_seq2seq import LSTMSeq2Seq
-from lab.batches import IGNORE
+from examples.translation.model import build_model, next_character_loss, recurrent_part
 from lab.checkpoint import write_file
 from lab.command_line import exit_code, parse
-from lab.report import NAMES, Layout
-from lab.run import FREE_TO_CHANGE, Task, count_parameters, load_best, matched_width, read_record, run
+from lab.report import Layout, fenced
+from lab.run import Task, load_best, recorded, run
+from lab.run_folder import RunFolder
 from lab.settings import InputError
-from lab.training import Carried, evaluate, perplexity
+from lab.training import evaluate, perplexity
 from qrnn.search import Hypothesis, beam_search
 from qrnn.seq2seq import QRNNSeq2Seq
 
+VOCABULARY = "vocabulary.json"
+NAMES = Config.names
 EVALUATION_ROWS = 32  # pairs a batch
 HEAD_PAIRS = 4 * EVALUATION_ROWS  # of the validation split, to time evaluation on
 SEARCH_ROWS = 32  # sentences that are translated at a time
 SAMPLES = 5  # sentences of the validation split that the report shows
-
-
-# --- models ----------------------------------------------------------------------------------------------------------
-
-
-def build_qrnn(config: Config, hidden: int, vocabulary: int) -> QRNNSeq2Seq:
-    return QRNNSeq2Seq(
-        vocabulary,
-        vocabulary,
-        config.embedding,
-        hidden,
-        config.layers,
-        config.dropout,
-        kernel_size=config.kernel_size,
-        first_kernel_size=config.first_kernel_size,
-        causal_encoder=config.causal_encoder,
-        mode=config.mode,
-        zoneout=config.zoneout,
-        activation=config.activation,
-        method=config.method,
-    )
-
-
-def build_lstm(config: Config, hidden: int, vocabulary: int) -> LSTMSeq2Seq:
-    return LSTMSeq2Seq(vocabulary, vocabulary, config.embedding, hidden, config.layers, config.dropout)
-
-
-def build_model(config: Config, name: str, vocabulary: int) -> QRNNSeq2Seq | LSTMSeq2Seq:
-    """The translator "qrnn" or "lstm", initialised from the seed."""
-    hidden, build = config.hidden, {"qrnn": build_qrnn, "lstm": build_lstm}[name]
-    if name == "lstm" and config.match:
-        with torch.device("meta"):
-            target = count_parameters(recurrent_part(build_qrnn(config, hidden, vocabulary)))
-        hidden = matched_width(target, lambda width: recurrent_part(build_lstm(config, width, vocabulary)))
-    torch.manual_seed(config.seed)
-    model = build(config, hidden, vocabulary)
-    model.hidden = hidden
-    return model
-
-
-def recurrent_part(model: QRNNSeq2Seq | LSTMSeq2Seq) -> nn.ModuleList:
-    """All but the embeddings and the softmax."""
-    outside = (model.source_embedding, model.target_embedding, model.output)
-    return nn.ModuleList(child for child in model.children() if child not in outside)
-
-
-def next_character_loss(model: nn.Module, batch: Batch, carried: Carried) -> tuple[Tensor, Tensor, Carried]:
-    """The negative log-likelihoods of the targets, summed, in nats; how many they are; nothing. A `training.Step`."""
-    logits = model(batch.source, batch.source_lengths, batch.inputs)  # (B, T, V)
-    losses = F.cross_entropy(
-        logits.float().flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORE, reduction="none"
-    )  # (B*T,), 0 where padded
-    precise = torch.float32 if losses.device.type == "mps" else torch.float64  # MPS has no float64
-    return losses.sum(dtype=precise), (batch.targets != IGNORE).sum(), None
 
 
 # --- the task --------------------------------------------------------------------------------------------------------
@@ -156,7 +107,7 @@ class Translating(Task):
             "valid_pairs": len(self.text.valid),
             "test_pairs": len(self.text.test),
         }
-        self.files = {"vocabulary.json": json.dumps(self.vocabulary.characters) + "\n"}
+        self.files = {VOCABULARY: json.dumps(self.vocabulary.characters) + "\n"}
         self.layout = layout(self.fingerprint, config)
 
     def encode(self, pairs: list[Pair]) -> list[tuple[Tensor, Tensor]]:
@@ -299,11 +250,11 @@ def sections(results: list[dict[str, Any]], folder: Path, backwards: bool) -> li
             ]
     lines += ["", "## Translations of the validation split"]
     for same in zip(*(result["samples"] for result in results), strict=True):
-        lines += ["", "```text", f"source     {same[0]['source']}", f"reference  {same[0]['reference']}"]
-        lines += [
+        shown = [f"source     {same[0]['source']}", f"reference  {same[0]['reference']}"]
+        shown += [
             f"{NAMES[result['model']]:11}{sample['translation']}" for result, sample in zip(results, same, strict=True)
         ]
-        lines += ["```"]
+        lines += ["", *fenced(shown)]
     for result in results:
         name = f"attention-{result['model']}.png"
         write_file(folder / name, draw_attention(result["attention"], backwards))
@@ -320,20 +271,19 @@ def translate_sentence(config: Config, sentence: str) -> int:
     Raises:
         InputError, CheckpointError: there is no such run, or nothing in it.
     """
-    record, path = read_record(replace(config, resume=True)), config.folder / "vocabulary.json"
-    if record is None or not path.exists():
-        raise InputError(f"{config.folder} holds no run; train first, or give the --name or the --preset of one")
+    folder = RunFolder(config.folder)
+    record = folder.record(config.experiment)
     if not sentence:
         raise InputError("--translate: a sentence expected")
-    trained = replace(config, **{key: record["config"][key] for key in record["config"] if key not in FREE_TO_CHANGE})
-    vocabulary = Vocabulary(json.loads(path.read_text()))
+    trained = recorded(config, record)
+    vocabulary = Vocabulary(json.loads(folder.file(VOCABULARY, record)))
     unknown = sorted(set(sentence) - set(vocabulary.characters))
     if unknown:
         print(f"not in the vocabulary, read as unknown: {' '.join(map(visible, unknown))}", file=sys.stderr)
     source = encode_source(trained, vocabulary, sentence)
     for name in trained.models:
         model = build_model(trained, name, len(vocabulary))
-        epoch, loss = load_best(config.folder / name, model, Accelerator(cpu=True))
+        epoch, loss = load_best(folder.model(name, record), model)
         (best,) = translate(trained, model, [source])
         print(f"{name} (epoch {epoch}, validation perplexity {perplexity(loss):.3f}):")
         print(vocabulary.decode(best.tokens) + "\n")
@@ -347,8 +297,7 @@ def main(arguments: Sequence[str]) -> int:
     """The exit code: 0, 1 if the run failed, 2 if the input was wrong, 130 if it was interrupted."""
 
     def command() -> int:
-        words = ["--preset=demo" if word == "--demo" else word for word in arguments]
-        config = parse(words, PRESETS)
+        config = parse(arguments, PRESETS)
         if config.translate is not None:
             return translate_sentence(config, config.translate)
         return run(config, lambda _: Translating(config))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import random
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -16,7 +17,7 @@ from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
 from lab.batches import IGNORE
-from lab.corpora import CorpusError
+from lab.corpora import CorpusError, check_folder, decode, folder_name
 
 PAD, BOS, EOS, UNK = range(4)  # in every vocabulary; characters follow
 UNKNOWN = "\N{REPLACEMENT CHARACTER}"  # how UNK is written
@@ -52,17 +53,17 @@ def read_parallel(folder: Path, source: str, target: str) -> ParallelText:
         source, target: their extensions.
 
     Raises:
-        CorpusError: a folder or file missing, not UTF-8, an empty line, files of a split that differ in length.
+        CorpusError: if a folder or file is missing or cannot be read, a file is not UTF-8, a line is empty, or the
+            files of a split differ in length.
     """
-    if not folder.is_dir():
-        raise CorpusError(f"{folder}: no such folder; expected one with train.{source} and train.{target}")
+    check_folder(folder, f"train.{source}, train.{target} and the other splits")
     splits = {split: _read_split(folder, split, source, target) for split in SPLITS}
-    name = folder.resolve().name
+    name = folder_name(folder)
     return ParallelText(f"{name} {source}-{target}", f"folder {name}", **splits)
 
 
 def _read_split(folder: Path, split: str, source: str, target: str) -> list[Pair]:
-    names = [name for name in SPLITS[split] if (folder / f"{name}.{source}").is_file()]
+    names = [name for name in SPLITS[split] if os.path.isfile(folder / f"{name}.{source}")]
     if not names:
         wanted = " or ".join(f"{name}.{source}" for name in SPLITS[split])
         raise CorpusError(f"{folder}: no {split} split there; looked for {wanted}")
@@ -76,12 +77,10 @@ def _read_split(folder: Path, split: str, source: str, target: str) -> list[Pair
 def _lines(path: Path) -> list[str]:
     """The lines without blanks at both ends; `str.splitlines` would cut at rarer characters too."""
     try:
-        text = path.read_bytes().decode("utf-8")
+        text = decode(path.read_bytes(), str(path))
     except OSError as error:
         raise CorpusError(f"{path}: cannot be read ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise CorpusError(f"{path}: not UTF-8 at byte {error.start}; convert the file to UTF-8") from error
-    lines = [line.strip() for line in text.removeprefix("\ufeff").removesuffix("\n").split("\n")]
+    lines = [line.strip() for line in text.removesuffix("\n").split("\n")]
     if "" in lines:
         raise CorpusError(f"{path}: line {lines.index('') + 1} is empty; remove the pair from both files")
     return lines

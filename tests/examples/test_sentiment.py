@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import signal
 import sys
@@ -19,7 +20,6 @@ from examples.sentiment.__main__ import (
     Prediction,
     Sentiment,
     accuracy,
-    build_model,
     main,
     most_certain,
     predict,
@@ -35,6 +35,7 @@ from examples.sentiment.data import (
     rt_polarity,
     synthetic,
 )
+from examples.sentiment.model import build_model
 from lab.batches import EOS_ID, build_vocabulary, encode
 from lab.checkpoint import load_checkpoint
 from lab.command_line import parse
@@ -190,6 +191,9 @@ def test_glove_vectors_start_the_known_words(folder):
     found = read_vectors(folder / "glove.txt", vocabulary, width=2)
     assert {index: vector.tolist() for index, vector in found.items()} == {2: [1, 2], 4: [7, 8]}
 
+    (folder / "fasttext.txt").write_text("2 2\ngood1 1 2 \nbad3 7 8 \n")  # a header, blanks at the ends
+    assert read_vectors(folder / "fasttext.txt", vocabulary, width=2).keys() == {2, 4}
+
     (folder / "glove.txt").write_text("good1 1 2 3 4 5 6 7 -8\nbad1 1 1 1 1 1 1 1 1\n")
     assert main([*TINY, "--glove", "glove.txt", "--models", "qrnn"]) == 0
     assert results("x")["corpus"]["ready_made_vectors"] == 2
@@ -202,12 +206,17 @@ def test_glove_vectors_start_the_known_words(folder):
 @pytest.mark.parametrize(
     ("content", "words"),
     (
+        (b"", "glove.txt: has none"),
+        (b"nowhere 1 2 3 4 5 6 7 8\n", "glove.txt: has none"),
+        (b"100 300\n", "line 1: 300 numbers given, --embedding 8"),
+        (b"1 8\ngood1 1 2\n", "line 2: 2 numbers"),
+        (b"1 8\n\xff\xfe\x00\x01", "not UTF-8"),  # word2vec's binary files
         (b"good1 1 2 3\n", "line 1: 3 numbers"),
         (b"good1 1 2 3 4 5 6 7 8 9\n", "line 1: 9 numbers"),
         (b"good1 1 2 3 4 5 6 7 8\nbad1 1 2\n", "line 2: 2 numbers"),
         (b"good1 1 2 3 4 5 6 7 x\n", "line 1: could not convert"),
         (b"good1 1 2 3 4 5 6 7 inf\n", "line 1: not all numbers are finite"),
-        (b"caf\xe9 1 2 3 4 5 6 7 8\n", "cannot be read"),
+        (b"caf\xe9 1 2 3 4 5 6 7 8\n", "not UTF-8"),
     ),
 )
 def test_malformed_glove_files_are_one_line(folder, capsys, content, words):
@@ -284,9 +293,9 @@ def test_surest_predictions_come_first_and_wrong_ones_last():
 def test_demo_comes_close_to_the_best_possible_accuracy(capsys):
     assert main(["--demo", "--epochs", "3", "--device", "cpu"]) == 0
     best = synthetic(seed=0).best
-    report = Path("runs/sentiment-demo-0/report.md").read_text()
+    report = Path("runs/sentiment-demo-synthetic-0/report.md").read_text()
     assert f"{best['test']:.2f}" in next(line for line in report.splitlines() if "best possible" in line)
-    for model in results("sentiment-demo-0")["models"]:
+    for model in results("sentiment-demo-synthetic-0")["models"]:
         assert best["test"] - 5 < model["test"]["accuracy"] < best["test"] + 1.5, model["model"]
 
 
@@ -375,16 +384,35 @@ def refused(capsys: pytest.CaptureFixture, arguments: list[str]) -> str:
         (["--corpus", "synthetic"], "leave it out"),
         (["--fold", "10"], "--fold 10"),
         (["--fold", "-1"], "--fold -1"),
-        (["--preset", "huge"], "huge"),
-        (["--mode", "of"], "of"),
         (["--dropout", "1.5"], "--dropout 1.5"),
         (["--hidden", "0"], "--hidden 0"),
-        (["--vocabulary", "5000000"], "5"),
+        (["--vocabulary", "2"], "--vocabulary 2"),
+        (["--zoneout", "1.5"], "--zoneout 1.5"),
         (["--glove", "nowhere.txt"], "nowhere.txt: cannot be read"),
     ),
 )
 def test_wrong_arguments_are_one_line(capsys, arguments, words):
     assert words in refused(capsys, [*TINY, *arguments])
+
+
+@pytest.mark.parametrize("name", ("mr/rt-polarity.pos", "aclImdb/train/pos/3_7.txt"))
+def test_files_that_cannot_be_read_are_named(folder, monkeypatch, capsys, name):
+    write_imdb(folder / "aclImdb")
+    read_bytes, read_text = Path.read_bytes, Path.read_text
+
+    def refuse(read):
+        def reading(path, *args, **kwargs):
+            if str(path) == name:
+                raise PermissionError(errno.EACCES, "Permission denied", name)
+            return read(path, *args, **kwargs)
+
+        return reading
+
+    monkeypatch.setattr(Path, "read_bytes", refuse(read_bytes))
+    monkeypatch.setattr(Path, "read_text", refuse(read_text))
+    corpus = ["--corpus", "imdb", "--data", "aclImdb"] if "Imdb" in name else []
+    line = refused(capsys, [*TINY, *corpus])
+    assert name in line and "Permission denied" in line
 
 
 def test_too_few_reviews_for_the_folds(folder):

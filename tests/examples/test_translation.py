@@ -16,7 +16,8 @@ import torch
 from sacrebleu.metrics import BLEU, CHRF
 
 from examples.translation import __main__ as translation
-from examples.translation.__main__ import Translating, build_model, build_qrnn, main, recurrent_part, scores, translate
+from examples.translation import attention
+from examples.translation.__main__ import Translating, main, scores, translate
 from examples.translation.config import PRESETS
 from examples.translation.data import (
     BOS,
@@ -31,6 +32,7 @@ from examples.translation.data import (
     read_parallel,
     reversed_strings,
 )
+from examples.translation.model import build_model, build_qrnn, next_character_loss, recurrent_part
 from lab.batches import IGNORE
 from lab.command_line import parse
 from lab.corpora import CorpusError
@@ -325,7 +327,7 @@ def test_the_demo_is_solved_by_both_models_which_then_translate(capsys):
     assert main(["--demo"]) == 0
     assert time.process_time() - started < 100
     assert "exact match" in capsys.readouterr().out
-    models, before = results("translation-demo-0")["models"], snapshot(Path("runs"))
+    models, before = results("translation-demo-reversed-0")["models"], snapshot(Path("runs"))
     for model in models:
         assert model["exact_match"] >= 0.99, model["model"]
     sample = models[0]["samples"][0]
@@ -353,6 +355,17 @@ def test_the_report_shows_scores_translations_and_attention(capsys):
         assert all(len(row) == len(attention["source"]) and 95 <= sum(row) <= 105 for row in rows)
         assert f"![attention](attention-{model['model']}.png)" in report
         assert Path(f"runs/x/attention-{model['model']}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_characters_that_no_font_has_are_shown_by_their_code(monkeypatch):
+    """Else Matplotlib warns, which is an error here, and draws boxes."""
+    source, written = "ein \u4e2d\u65e5 \N{SLIGHTLY SMILING FACE} \N{CYRILLIC SMALL LETTER ZHE}", "a \u732b"
+    weights = [" ".join(["9"] * len(source))] * (len(written) + 1)
+    own = [font for font in attention.fontManager.ttflist if font.name == "DejaVu Sans"]
+    monkeypatch.setattr(attention.fontManager, "ttflist", own)  # a machine without other fonts
+    assert attention.fonts_for({*source, *written})[1] == set("\u4e2d\u65e5\u732b\N{SLIGHTLY SMILING FACE}")
+    drawn = attention.draw_attention({"source": source, "translation": written, "per_cent": weights}, backwards=True)
+    assert drawn.startswith(b"\x89PNG")
 
 
 def test_max_length_is_for_training_only():
@@ -401,7 +414,7 @@ def test_killed_and_resumed_is_as_never_killed():
 
 
 def test_interrupted_in_training_the_test_split_is_not_read(monkeypatch):
-    step, count = translation.next_character_loss, itertools.count()
+    step, count = next_character_loss, itertools.count()
 
     def stopping(*arguments):
         if next(count) == 40:  # beyond the steps that estimate the time
@@ -430,12 +443,12 @@ def refused(capsys: pytest.CaptureFixture, arguments: list[str]) -> str:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     (
-        (["--preset", "huge"], "huge"),
-        (["--models", "gru"], "gru"),
-        (["--mode", "f"], "f"),
         (["--hidden", "0"], "--hidden 0"),
         (["--beam-size", "0"], "--beam-size 0"),
         (["--length-penalty", "nan"], "--length-penalty nan"),
+        (["--beam-size", "100000000000000000000"], "--beam-size 100000000000000000000"),
+        (["--length-penalty", "1000"], "--length-penalty 1000"),
+        (["--corpus", "reversed"], "--data text"),
         (["--dropout", "1.5"], "--dropout 1.5"),
         (["--max-length", "0"], "--max-length 0"),
         (["--max-length", "2"], "--max-length"),
@@ -443,7 +456,7 @@ def refused(capsys: pytest.CaptureFixture, arguments: list[str]) -> str:
         (["--data", "None"], "--data"),
         (["--source", "cc"], "train.cc"),
         (["--target", "cc"], "train.cc"),
-        (["--translate", "abc"], "runs/translation-demo-0 holds no run"),
+        (["--translate", "abc"], "runs/translation-demo-reversed-0 holds no run"),
     ),
 )
 def test_wrong_arguments_are_one_line(capsys, arguments, words):

@@ -1,10 +1,12 @@
 """Corpora: what is read, what is refused, what is cut, and that batches hold every token exactly once."""
 
+import errno
 import hashlib
 import os
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import huggingface_hub
@@ -16,7 +18,7 @@ from tokenizers import Tokenizer
 
 from lab import corpora
 from lab.batches import IGNORE, UNK, SentenceBatches, StreamBatches, build_vocabulary, encode
-from lab.corpora import SPLITS, CorpusError, length_filter, load_corpus, sentences
+from lab.corpora import SPLITS, Corpus, CorpusError, length_filter, load_corpus, sentences, split_sentences
 from lab.synthetic import EOS
 
 DATA = Path(os.environ.get("QRNN_DATA") or Path(__file__).parents[3] / "shared" / "data")
@@ -129,6 +131,59 @@ def test_errors_of_reading_say_what_was_found_and_expected(tmp_path):
     assert "valid.txt: not UTF-8 at byte 2" in line_of(lambda: load_corpus("text", tmp_path))
 
 
+@pytest.mark.parametrize("line", (" a b \n", " a b <eos> \n", "a b <eos>\n", "a b <eos> "))
+def test_an_end_of_sentence_that_is_written_out_ends_the_line_once(tmp_path, line):
+    names = ("train.txt", "valid.txt", "test.txt")
+    write(tmp_path, names, dict.fromkeys(SPLITS, f"{line}{line}x<eos> <eos>y\n"))
+    assert load_corpus("text", tmp_path).train == [["a", "b"], ["a", "b"], ["x<eos>", "<eos>y"]]
+
+
+def test_characters_that_steer_a_terminal_are_blanks(tmp_path):
+    names = ("train.txt", "valid.txt", "test.txt")
+    write(tmp_path, names, dict.fromkeys(SPLITS, "a\x1b[2Jb c\x07 \x9b d\x7f\n\x08e\n"))
+    assert load_corpus("text", tmp_path).train == [["a", "[2Jb", "c", "d"], ["e"]]
+
+
+@pytest.mark.parametrize("content", (b"a b\0c\n", "a b\n".encode("utf-16-le")))
+def test_what_is_no_text_is_refused(tmp_path, content):
+    write(tmp_path, ("train.txt", "valid.txt", "test.txt"))
+    (tmp_path / "valid.txt").write_bytes(content)
+    line = line_of(lambda: load_corpus("text", tmp_path))
+    assert "valid.txt" in line and f"byte {content.index(0)}" in line
+
+
+@pytest.mark.parametrize("number", (errno.EACCES, errno.EIO, errno.ENAMETOOLONG))
+def test_a_folder_that_cannot_be_looked_into_is_one_line(tmp_path, monkeypatch, number):
+    def refuse(path):
+        raise OSError(number, os.strerror(number), str(path))
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    line = line_of(lambda: load_corpus("text", tmp_path))
+    assert str(tmp_path) in line and os.strerror(number) in line
+    monkeypatch.undo()
+    (tmp_path / "file").touch()
+    assert "Not a directory" in line_of(lambda: load_corpus("text", tmp_path / "file"))
+
+
+def test_files_in_a_folder_without_search_permission_are_not_there(tmp_path, monkeypatch):
+    """`os.path.isfile` says so; `Path.is_file` raises a PermissionError."""
+    write(tmp_path, ("train.txt", "valid.txt", "test.txt"))
+    stat = os.stat
+
+    def refuse(path, *args, **kwargs):
+        if str(path).startswith(f"{tmp_path}/"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return stat(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "stat", refuse)
+    assert "no train split" in line_of(lambda: load_corpus("text", tmp_path))
+
+
+def test_a_folder_with_a_name_that_is_no_text_can_be_named(tmp_path):
+    folder = write(tmp_path / os.fsdecode(b"caf\xe9"), ("train.txt", "valid.txt", "test.txt"))
+    assert load_corpus("text", folder).source.encode() == rb"folder caf\udce9"
+
+
 def test_a_file_that_cannot_be_read_is_named(tmp_path, monkeypatch):
     def refuse(path):
         raise PermissionError(13, "Permission denied")
@@ -178,29 +233,56 @@ def test_a_download_of_something_else_is_refused_and_not_kept(official, cache, m
     assert not cache.exists()
 
 
-def test_a_full_disk_leaves_no_piece_of_a_file(official, cache, monkeypatch):
+@pytest.mark.parametrize("number", (errno.ENOSPC, errno.EROFS, errno.EACCES))
+def test_a_cache_that_cannot_be_written_loses_no_download_and_keeps_no_piece(
+    official, cache, monkeypatch, capsys, number
+):
     write_bytes = Path.write_bytes
 
     def fill_up(path, content):
         write_bytes(path, content[:3])
-        raise OSError(28, "No space left on device")
+        raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(datasets, "load_dataset", lambda *args: hugging_face(TEXTS))
     monkeypatch.setattr(Path, "write_bytes", fill_up)
-    assert "cannot be written there (No space left on device)" in line_of(lambda: load_corpus("wikitext-2"))
+    assert load_corpus("wikitext-2").test == [["c"]]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert str(cache) in line and os.strerror(number) in line
     assert list(cache.iterdir()) == []
 
 
 def test_offline_with_nothing_local_one_line_says_what_to_do(cache, monkeypatch):
     def load_dataset(*args):
-        raise ConnectionError("Couldn't reach the hub\nand more")
+        raise ConnectionError("offline mode is enabled: unset HF_HUB_OFFLINE\nand more")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     line = line_of(lambda: load_corpus("wikitext-2"))
-    for part in ("Couldn't reach the hub", "--data DIR", *OFFICIAL_NAMES):
+    for part in ("hub", "Salesforce/wikitext", "--data DIR", *OFFICIAL_NAMES):
         assert part in line
+    assert "HF_HUB_OFFLINE" not in line  # nobody but the program set it
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert "HF_HUB_OFFLINE" in line_of(lambda: load_corpus("wikitext-2"))
     assert "--data DIR with ptb.train.txt, ptb.valid.txt and ptb.test.txt" in line_of(lambda: load_corpus("ptb"))
     assert "--data DIR with train.txt, valid.txt and test.txt" in line_of(lambda: load_corpus("text"))
+
+
+def test_what_stops_a_download_is_said(cache, monkeypatch):
+    def load_dataset(*args):
+        raise OSError("no space for the archive\nand more")
+
+    reachable = SimpleNamespace(head=lambda *args, **kwargs: None)
+    monkeypatch.setattr(huggingface_hub, "get_session", lambda: reachable)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert "no space for the archive" in line_of(lambda: load_corpus("wikitext-2"))
+
+
+def test_without_a_home_nothing_is_downloaded_into_the_current_folder(tmp_path, monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as where HOME is not set and the user not known
+    monkeypatch.chdir(tmp_path)
+    line = line_of(lambda: load_corpus("wikitext-2"))
+    assert "XDG_CACHE_HOME" in line and "--data DIR" in line
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_offline_is_noticed_at_once(cache, tmp_path, monkeypatch):
@@ -263,6 +345,25 @@ def test_the_length_filter_keeps_nine_tenths(lengths):
     assert ["w"] * sorted(lengths)[len(lengths) // 2] in kept
 
 
+def corpus_of(**texts):
+    splits = {split: [line.split() for line in texts.get(split, "a b . c d .").split("\n")] for split in SPLITS}
+    return Corpus("text", "folder x", **splits, files={split: f"x/{split}.txt" for split in SPLITS})
+
+
+def test_only_training_sentences_are_filtered():
+    train = "\n".join(" ".join("w" * length) for length in range(1, 101))
+    parts = split_sentences(corpus_of(train=train, valid=train, test=train))
+    assert [len(part) for part in parts] == [92, 100, 100]
+
+
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("text", ("= Title =\n\n= = Section = =", " ".join("w" * 60_000)))
+def test_a_split_that_makes_no_sentences_is_named_with_the_way_out(split, text):
+    line = line_of(lambda: split_sentences(corpus_of(**{split: text})))
+    assert f"x/{split}.txt" in line and "--protocol stream" in line
+    assert ("60,000 words" in line) == ("w" in text)
+
+
 # --- vocabulary ------------------------------------------------------------------------------------------------------
 
 
@@ -286,10 +387,14 @@ def test_words_are_counted_as_the_model_will_see_them():
     assert vocabulary_of(sentences(lines), 4) == [EOS, UNK, "the", "cat"]
 
 
-@pytest.mark.parametrize("size", (-1, 0, 2, 5))
-def test_a_vocabulary_that_the_text_cannot_fill_is_refused(size):
-    line = line_of(lambda: build_vocabulary([["a", "b"]], size))
-    assert f"{size} given" in line and "3 to 4 expected" in line
+@pytest.mark.parametrize("size", (-1, 0, 2))
+def test_a_vocabulary_without_a_word_is_refused(size):
+    assert f"{size} given" in line_of(lambda: build_vocabulary([["a", "b"]], size))
+
+
+@pytest.mark.parametrize("size", (4, 5, 10_000, 10**30))
+def test_a_text_with_fewer_words_than_the_vocabulary_gives_all_it_has(size):
+    assert vocabulary_of([["a", "b"]], size) == [EOS, UNK, "a", "b"]
 
 
 @any_speed

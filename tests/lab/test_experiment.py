@@ -9,6 +9,7 @@ import math
 import os
 import platform
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ import pytest
 import torch
 
 import experiment
+from examples.translation import __main__ as translation
 from experiment import build_model, build_qrnn, main, prepare_data
 from lab import run as comparison
 from lab.checkpoint import load_checkpoint
@@ -29,8 +31,9 @@ from lab.dense_lstm import DenseLSTM
 from lab.language_model import LanguageModel
 from lab.presets import PRESETS
 from lab.run import count_parameters
-from lab.settings import InputError
+from lab.run_folder import RunFolder
 from lab.synthetic import sample_sentences
+from lab.training import Trainer
 
 SCRIPT = str(Path(experiment.__file__))
 TINY = ["--preset", "demo", "--corpus", "text", "--data", "text", "--embedding", "8", "--hidden", "12", "--layers", "2"]
@@ -95,7 +98,7 @@ def test_both_models_are_compared(capsys):
         assert 0 < model["training_seconds"] <= model["wall_seconds"]
         assert model["peak_memory_bytes"] > 2**20
     assert Path("runs/x/curves.png").read_bytes().startswith(b"\x89PNG")
-    text = json.dumps(found) + report
+    text = json.dumps(found)
     for private in (str(Path.cwd()), str(Path.home()), platform.node()):
         assert private not in text
     assert found["seed"] == 0 and not found["interrupted"] and found["versions"]["torch"] == torch.__version__
@@ -118,6 +121,19 @@ def test_test_perplexity_is_that_of_the_best_weights_word_by_word():
     assert results("x")["models"][0]["test_perplexity"] == pytest.approx(math.exp(total / count), rel=1e-5)
 
 
+def test_the_table_fits_a_terminal_and_the_report_can_be_repeated(capsys, monkeypatch, folder):
+    monkeypatch.setattr(sys, "argv", ["experiment.py", *TINY, "--data", str(folder / "text"), "--generate", "a b"])
+    assert main([*TINY, "--name", "x", "--epochs", "1"]) == 0
+    printed = capsys.readouterr().out
+    table = printed[printed.index("model  ") : printed.index("The report is")]
+    assert max(map(len, table.splitlines())) <= 80
+    report = Path("runs/x/report.md").read_text()
+    for row in table.splitlines():
+        assert not row or row.split("  ")[0] in report
+    assert f"--data {folder / 'text'} --generate 'a b'`" in report
+    assert str(folder) not in json.dumps(results("x"))
+
+
 def test_timing_changes_nothing(monkeypatch):
     assert main([*TINY, "--name", "timed"]) == 0
     monkeypatch.setattr(comparison, "announce", lambda *_: None)
@@ -129,8 +145,11 @@ def test_timing_changes_nothing(monkeypatch):
 def test_demo_prints_the_best_possible_perplexity(capsys):
     assert main(["--preset", "demo", "--epochs", "1", "--hidden", "16", "--embedding", "16", "--models", "qrnn"]) == 0
     floor = load_corpus("synthetic").floor
-    row = next(line for line in capsys.readouterr().out.splitlines() if "best possible" in line)
-    assert f"{floor['valid']:.2f}" in row and f"{floor['test']:.2f}" in row
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("model") and line.endswith("best possible") for line in lines)
+    for name, value in (("validation", floor["valid"]), ("test", floor["test"])):
+        (row,) = [line for line in lines if line.startswith(f"{name} perplexity")]
+        assert row.endswith(f"{value:.2f}")
 
 
 def test_a_long_run_on_a_cpu_is_announced(capsys, monkeypatch):
@@ -278,6 +297,27 @@ def test_interrupted_evaluates_reports_and_can_go_on(number):
     assert log("x", "qrnn")[: len(before)] == before
 
 
+def test_a_second_interruption_stops_at_once_without_a_traceback():
+    process = run_script(*STREAM, "--name", "x", "--epochs", "200")
+    wait_for_lines(Path("runs/x/qrnn/metrics.jsonl"), 3, process)
+    for _ in range(3):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.05)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode in (130, -signal.SIGINT) and "Traceback" not in errors, errors
+
+
+@pytest.mark.parametrize("script", ((SCRIPT,), ("-m", "examples.sentiment"), ("-m", "examples.translation")))
+def test_an_interruption_of_the_imports_has_no_traceback(folder, script):
+    (folder / "torch.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n")
+    environment = {**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{Path(SCRIPT).parent}"}
+    pipe = subprocess.PIPE
+    process = subprocess.Popen([sys.executable, *script], env=environment, stdout=pipe, stderr=pipe, text=True)
+    assert process.stdout.readline() == "importing\n"
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=30) == ("", "") and process.returncode == -signal.SIGINT
+
+
 def test_finished_models_are_not_trained_again():
     assert main([*TINY, "--name", "x", "--seed", "3"]) == 0
     before, report = snapshot(Path("runs/x/qrnn")), results("x")["models"]
@@ -285,9 +325,10 @@ def test_finished_models_are_not_trained_again():
     assert snapshot(Path("runs/x/qrnn")) == before and results("x")["models"] == report
 
 
-def refused(capsys: pytest.CaptureFixture, arguments: list[str], code: int = 2) -> str:
+def refused(capsys: pytest.CaptureFixture, arguments: list[str], code: int = 2, main=main, flag="--generate") -> str:
     """The one line on stderr with which the command is refused."""
     capsys.readouterr()
+    arguments = [flag if word == "--generate" else word for word in arguments]
     assert main(arguments) == code
     printed = capsys.readouterr()
     lines = printed.err.strip().splitlines()
@@ -324,7 +365,7 @@ def test_a_folder_in_which_another_process_trains_is_refused(capsys):
     arguments = [*TINY, "--name", "x", "--models", "qrnn"]
     assert main(arguments) == 0
     before = snapshot(Path("runs/x/qrnn"))
-    with comparison.only_process(Path("runs/x")):
+    with RunFolder(Path("runs/x")).locked():
         assert "runs/x is being trained by another process" in refused(capsys, [*arguments, "--resume"])
     assert snapshot(Path("runs/x/qrnn")) == before
     assert main([*arguments, "--resume"]) == 0
@@ -352,8 +393,36 @@ def test_full_disk_is_one_line_and_the_run_goes_on_later(capsys, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
         assert main(arguments) == 1
-    assert "disk is full" in capsys.readouterr().err.splitlines()[-1]
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("error: runs/x/qrnn/last.tmp/") and "--resume" in line
     assert main([*arguments, "--resume"]) == 0
+
+
+def test_a_run_has_its_corpus_in_its_name_and_no_infinity_in_its_results():
+    assert main([*TINY, "--models", "lstm", "--epochs", "1", "--lr", "1e4", "--no-test"]) == 0
+    json.loads(Path("runs/demo-text-0/results.json").read_text(), parse_constant=pytest.fail)
+
+
+def test_what_is_left_after_a_resume_adds_up(capsys, monkeypatch):
+    arguments = [*STREAM, "--name", "x", "--epochs", "4"]
+    monkeypatch.setattr(comparison, "seconds_per_item", lambda *_: 1.0)
+    monkeypatch.setattr(comparison, "evaluation_seconds", lambda *_: 0.0)
+
+    def minutes(*flags: str) -> list[int]:
+        with monkeypatch.context() as patch:
+            patch.setattr(comparison, "train_model", lambda *_: pytest.fail("announced"))
+            with pytest.raises(pytest.fail.Exception):
+                main([*arguments, *flags])
+        found = re.findall(r"about (?:(\d+) h )?(\d+) min\b", capsys.readouterr().out)
+        return [60 * int(hours or 0) + int(minutes) for hours, minutes in found]
+
+    qrnn, lstm, whole = minutes()
+    assert qrnn == lstm and qrnn + lstm == whole
+    Path("runs/x/qrnn").mkdir()
+    steps = len(prepare_data(parse(arguments, PRESETS)).train)
+    Path("runs/x/qrnn/metrics.jsonl").write_text(json.dumps({"step": 3 * steps}) + "\n")  # three epochs of four
+    left, lstm, total = minutes("--resume")
+    assert left == pytest.approx(qrnn / 4, abs=1) and left + lstm == total
 
 
 def test_diverging_training_is_one_line(capsys):
@@ -377,6 +446,90 @@ def test_generate_continues_the_prompt_with_each_model(capsys):
     assert printed.out.count(f"{word.lower()} xyzzy ") == 2
     assert "qrnn (epoch" in printed.out and "lstm (epoch" in printed.out
     assert snapshot(Path("runs")) == before
+
+
+def test_generate_believes_only_what_is_of_the_run(capsys):
+    for name, seed in (("x", "0"), ("y", "1")):
+        assert main([*TINY, "--name", name, "--seed", seed, "--models", "qrnn", "--epochs", "1"]) == 0
+    generate = ["--name", "x", "--generate", "anna"]
+    vocabulary = Path("runs/x/vocabulary.json")
+    good = vocabulary.read_text()
+    vocabulary.write_text(good.replace("anna", "emma"))
+    assert "vocabulary.json" in refused(capsys, generate)
+    vocabulary.write_text(good)
+    for path in Path("runs/x/qrnn").glob("best-*"):
+        shutil.rmtree(path)
+        shutil.copytree(Path("runs/y/qrnn", path.name), path)
+    capsys.readouterr()
+    assert main(generate) == 2 and "runs/x/qrnn" in capsys.readouterr().err.splitlines()[-1]
+    assert not list(Path("runs/x/qrnn").glob("damaged-*"))  # it only reads
+    assert "experiment" in refused(capsys, generate, main=translation.main, flag="--translate")
+
+
+def test_a_config_that_was_deleted_or_changed_is_not_gone_on_with(capsys):
+    arguments = [*TINY, "--name", "x", "--models", "qrnn", "--epochs", "1"]
+    assert main(arguments) == 0
+    path = Path("runs/x/config.json")
+    text = path.read_text()
+    for content in (None, "", text[: len(text) // 2], "[]", text.replace("0.004", "0.5"), '{"a": 1}'):
+        path.unlink() if content is None else path.write_text(content)
+        before = snapshot(Path("runs"))
+        assert "runs/x" in refused(capsys, [*arguments, "--resume", "--lr", "0.5"])
+        assert "runs/x" in refused(capsys, ["--name", "x", "--generate", "anna"])
+        assert snapshot(Path("runs")) == before
+        path.write_text(text)
+    assert main([*arguments, "--resume"]) == 0
+
+
+def test_two_runs_started_under_one_name_do_not_mix(capsys, monkeypatch):
+    arguments = [*TINY, "--models", "qrnn", "--epochs", "1", "--name", "x"]
+    real = RunFolder.locked
+
+    @contextlib.contextmanager
+    def first_the_other(folder: RunFolder):
+        monkeypatch.setattr(RunFolder, "locked", real)
+        assert main([*arguments, "--seed", "1"]) == 0
+        with real(folder):
+            yield
+
+    monkeypatch.setattr(RunFolder, "locked", first_the_other)
+    assert main(arguments) == 2
+    assert "runs/x" in capsys.readouterr().err and results("x")["seed"] == 1
+    assert main(["--name", "x", "--generate", "anna"]) == 0
+
+
+@pytest.mark.parametrize("kind", ("runs is a file", "runs/x is a file", "no permission", "a long name", "a link"))
+def test_a_folder_that_cannot_be_is_one_line(capsys, monkeypatch, kind):
+    name = 300 * "x" if kind == "a long name" else "x"
+    Path("elsewhere").mkdir()
+    if kind == "runs is a file":
+        Path("runs").write_text("")
+    elif kind != "a long name":
+        Path("runs").mkdir()
+    if kind == "runs/x is a file":
+        Path("runs/x").write_text("")
+    elif kind == "a link":
+        Path("runs/x").symlink_to(Path("elsewhere").resolve())
+    elif kind == "no permission":  # root would have it
+
+        def refuse(path, *_, **__) -> None:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+        monkeypatch.setattr(os, "mkdir", refuse)
+    assert f"runs/{name}" in refused(capsys, [*TINY, "--name", name])
+    assert not list(Path("elsewhere").iterdir())
+
+
+def test_the_folder_may_vanish_while_it_trains(capsys, monkeypatch):
+    real = Trainer._end_epoch
+
+    def vanish(trainer: Trainer, *arguments) -> None:
+        shutil.rmtree("runs/x")
+        real(trainer, *arguments)
+
+    monkeypatch.setattr(Trainer, "_end_epoch", vanish)
+    assert main([*TINY, "--name", "x", "--models", "qrnn"]) == 1
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: runs/x/qrnn")
 
 
 def test_generate_without_a_run(capsys):
@@ -403,31 +556,37 @@ def test_two_processes_give_the_result_of_one(arguments):
     assert [line["step"] for line in log("two", "qrnn")] == [line["step"] for line in log("one", "qrnn")]
 
 
+@pytest.mark.parametrize("case", ("data", "folder", "flag"))
+def test_two_processes_fail_in_one_line(case):
+    flags = {"data": ["--data", "nowhere"], "folder": [], "flag": ["--lr", "-1"]}[case]
+    if case == "folder":
+        assert main([*TINY, "--models", "qrnn", "--epochs", "1", "--name", "x"]) == 0
+        flags = ["--epochs", "1", "--models", "qrnn", "--name", "x", "--resume"]  # of one process
+    process = run_script(*TINY, *flags, processes=2)
+    _, errors = process.communicate(timeout=300)
+    words = {"data": "nowhere", "folder": "processes", "flag": "--lr"}[case]
+    (line,) = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert words in line and "[rank" not in errors and "exitcode  : 2" in errors
+    own = errors.partition("Traceback")[0].splitlines()  # what the launcher says comes after
+    assert [other for other in own if not re.match(r"[WE]\d{4} ", other)] == [line]
+
+
 # --- wrong input -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     (
-        (["--method", "magic"], "magic"),
-        (["--mode", "of"], "of"),
-        (["--preset", "huge"], "huge"),
-        (["--corpus", "latin"], "latin"),
-        (["--models", "gru"], "gru"),
         (["--models", "qrnn", "qrnn"], "different"),
-        (["--hiden", "3"], "hiden"),
         (["--hidden", "-3"], "hidden"),
-        (["--hidden", "many"], "many"),
         (["--batch-size", "0"], "--batch-size 0"),
         (["--kernel-size", "0"], "--kernel-size 0"),
         (["--vocabulary", "2"], "--vocabulary 2"),
-        (["--vocabulary", "5000000"], "5"),
         (["--dropout", "1.5"], "--dropout 1.5"),
         (["--zoneout", "nan"], "--zoneout nan"),
         (["--lr", "0"], "--lr 0"),
         (["--name", "../x"], "--name"),
         (["--data", "nowhere"], "nowhere"),
-        (["--device", "tpu"], "tpu"),
         pytest.param(
             ["--device", "cuda"], "--device cuda", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU")
         ),
@@ -472,8 +631,3 @@ def test_help_says_what_everything_is(capsys):
     assert stopped.value.code == 0
     for flag in ("--preset", "--resume", "--generate", "--no-match", "--protocol", "--checkpoint-minutes"):
         assert flag in printed
-
-
-def test_parse_error_is_short():
-    with pytest.raises(InputError, match=r"^[^\n]{1,200}$"):
-        parse(["--mode", "of"], PRESETS)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import math
 import os
 import platform
+import re
+import shutil
 import subprocess
 import sys
 import warnings
@@ -14,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from torch import nn
 
@@ -21,7 +25,9 @@ from lab.batches import SentenceBatches, StreamBatches, build_vocabulary, encode
 from lab.checkpoint import CheckpointError, load_checkpoint, save_checkpoint, write_file
 from lab.corpora import load_corpus
 from lab.language_model import LanguageModel, next_word_loss
+from lab.run_folder import ModelFolder
 from lab.settings import InputError, Settings
+from lab.state import Progress
 from lab.synthetic import sample_sentences
 from lab.training import OPTIMIZERS, FutureLeakWarning, Trainer, TrainingError, evaluate
 from qrnn import QRNN
@@ -31,6 +37,7 @@ TEXT = sample_sentences(60, seed=1)
 TOKENIZER = build_vocabulary(TEXT, None)
 IDS = encode(TOKENIZER, TEXT)
 WORDS = TOKENIZER.get_vocab_size()
+RUN = 64 * "0"  # the identity of a run
 
 
 @pytest.fixture(autouse=True)
@@ -75,7 +82,7 @@ def train(
     folder: Path, *, kind="qrnn", protocol="stream", stop=None, settings=SETTINGS, step=next_word_loss
 ) -> Trainer:
     trainer = Trainer(model(kind), step, batches(protocol), settings)
-    trainer.run(folder, validate, stop or StopAfter(), kind)
+    trainer.run(ModelFolder(folder, RUN), validate, stop or StopAfter(), kind)
     return trainer
 
 
@@ -116,16 +123,45 @@ def test_log_lines_after_the_checkpoint_are_cut(tmp_path):
     assert_same(whole, tmp_path / "whole", train(tmp_path / "parts"), tmp_path / "parts")
 
 
-def test_a_log_that_lost_lines_is_an_error(tmp_path):
-    train(tmp_path, stop=StopAfter(5))
-    os.truncate(tmp_path / "metrics.jsonl", 10)
-    with pytest.raises(CheckpointError, match="shorter"):
-        train(tmp_path)
+@pytest.mark.parametrize("damage", ("cut", "gone", "foreign", "link"))
+def test_a_log_is_brought_back_whatever_became_of_it(tmp_path, damage):
+    whole = train(tmp_path / "whole")
+    folder = tmp_path / "parts"
+    train(folder, stop=StopAfter(5))
+    path, elsewhere = folder / "metrics.jsonl", tmp_path / "elsewhere"
+    elsewhere.write_text("mine")
+    if damage == "cut":
+        os.truncate(path, 10)
+    elif damage == "foreign":
+        path.write_bytes(b"\xff no json" * 1000)
+    else:
+        path.unlink()
+    if damage == "link":
+        path.symlink_to(elsewhere)
+    assert_same(whole, tmp_path / "whole", train(folder), folder)
+    assert elsewhere.read_text() == "mine"
+
+
+def test_an_epoch_is_a_line(tmp_path, capsys):
+    train(tmp_path, stop=StopAfter(len(batches("stream")) + 2))
+    first = capsys.readouterr().out.splitlines()
+    train(tmp_path)
+    second = capsys.readouterr().out.splitlines()
+    assert len(first) == 1 and re.fullmatch(r"qrnn epoch 1/3: valid \d\.\d+, \d+ s left", first[0])
+    assert [line.partition(":")[0] for line in second] == ["qrnn epoch 2/3", "qrnn epoch 3/3"]
+    assert second[-1].endswith(f"valid {log(tmp_path)[-1]['valid_loss']:.4g}")
+
+
+def test_the_time_left_is_that_of_all_steps_so_far(tmp_path):
+    trainer = Trainer(model(), next_word_loss, batches("stream"), SETTINGS)
+    trainer._label, trainer._show = "qrnn", float
+    trainer.progress = Progress(step=len(batches("stream")), epoch=1, wall_seconds=300.0)  # as after a resume
+    assert trainer._epoch_line(2.0) == "qrnn epoch 1/3: valid 2, 10 min left"
 
 
 def test_interruption_evaluates_without_touching_best_and_log(tmp_path):
     trainer = Trainer(model(), next_word_loss, batches("stream"), SETTINGS)
-    outcome = trainer.run(tmp_path, validate, StopAfter(4), "qrnn")
+    outcome = trainer.run(ModelFolder(tmp_path, RUN), validate, StopAfter(4), "qrnn")
     assert outcome.progress.step == 5
     assert outcome.interrupted_loss == validate(trainer.model)
     assert not list(tmp_path.glob("best-*"))
@@ -158,6 +194,80 @@ def test_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, capsys, damag
     messages = [line for line in capsys.readouterr().err.splitlines() if "damaged" in line]
     assert len(messages) == 1 and str(newest) in messages[0] and "checkpoint before" in messages[0]
     assert_same(whole, tmp_path / "whole", resumed, folder)
+
+
+def forge(path: Path, change) -> None:
+    """Change the content of a checkpoint, and make its sums good again."""
+    weights = safetensors.torch.load((path / "weights.safetensors").read_bytes())
+    state = torch.load(path / "state.pt", weights_only=True)
+    state = change(weights, state) or state
+    (path / "weights.safetensors").write_bytes(safetensors.torch.save(weights))
+    torch.save(state, path / "state.pt")
+    names = ("weights.safetensors", "state.pt")
+    sums = [f"{hashlib.sha256((path / name).read_bytes()).hexdigest()}  {name}\n" for name in names]
+    (path / "SHA256SUMS").write_text("".join(sums))
+
+
+BAD_CONTENT = {
+    "another run": lambda weights, state: state | {"run": "another"},
+    "no state": lambda weights, state: [1, 2],
+    "no progress": lambda weights, state: {name: value for name, value in state.items() if name != "progress"},
+    "a progress of text": lambda weights, state: state | {"progress": state["progress"] | {"best_loss": "x"}},
+    "a later epoch": lambda weights, state: state | {"progress": state["progress"] | {"epoch": 99}},
+    "no weight": lambda weights, state: weights.popitem() and None,
+    "a weight of another shape": lambda weights, state: weights.update(softmax_bias=torch.zeros(1)),
+    "a weight that is not finite": lambda weights, state: weights.update(
+        softmax_bias=weights["softmax_bias"] * math.nan
+    ),
+    "moments of another shape": lambda weights, state: (
+        state["optimizer"]["state"][0].update(exp_avg=torch.zeros(2)) or state
+    ),
+    "what was carried of another shape": lambda weights, state: (
+        state["ranks"][0].update(carried=((torch.zeros(1, 1, 1), torch.zeros(1)),)) or state
+    ),
+    "random numbers of nothing": lambda weights, state: (
+        state["ranks"][0].update(generators={"cpu": torch.zeros(3, dtype=torch.uint8)}) or state
+    ),
+    "a log of nothing": lambda weights, state: state | {"log": "{"},
+}
+
+
+@pytest.mark.parametrize("content", BAD_CONTENT)
+def test_good_sums_with_bad_content_fall_back_to_the_checkpoint_before(tmp_path, capsys, content):
+    whole = train(tmp_path / "whole")
+    folder = tmp_path / "parts"
+    train(folder, stop=StopAfter(3))
+    train(folder, stop=StopAfter(3))
+    newest = max(folder.glob("last-*"))
+    forge(newest, lambda weights, state: state)  # by itself that is no damage
+    load_checkpoint(folder, "last")
+    forge(newest, BAD_CONTENT[content])
+    resumed = train(folder)
+    assert [line for line in capsys.readouterr().err.splitlines() if str(newest) in line]
+    assert (folder / f"damaged-{newest.name}").is_dir()
+    assert_same(whole, tmp_path / "whole", resumed, folder)
+
+
+def test_copies_beside_checkpoints_are_ignored(tmp_path, capsys):
+    whole = train(tmp_path / "whole")
+    folder = tmp_path / "parts"
+    train(folder, stop=StopAfter(3))
+    newest = max(folder.glob("last-*"))
+    shutil.copytree(newest, f"{newest}.bak")
+    shutil.copytree(newest, folder / "last-old")
+    (folder / "best-000004.bak").mkdir()
+    resumed = train(folder)
+    assert "damaged" not in capsys.readouterr().err
+    assert_same(whole, tmp_path / "whole", resumed, folder)
+    assert Path(f"{newest}.bak").is_dir() and (folder / "last-old").is_dir()
+
+
+def test_a_checkpoint_under_the_number_of_another_is_damaged(tmp_path, capsys):
+    train(tmp_path)
+    best = max(tmp_path.glob("best-*"))
+    shutil.copytree(best, tmp_path / "best-000099")
+    _, state, lines = load_checkpoint(tmp_path, "best")
+    assert state["number"] == int(best.name[-6:]) and "best-000099" in lines[0]
 
 
 def test_all_damaged_is_one_clear_line(tmp_path):
@@ -207,6 +317,23 @@ def test_full_disk_in_training_then_resumed(tmp_path, monkeypatch):
         no_space_at(patch, 20)
         train(tmp_path / "parts")
     assert_same(whole, tmp_path / "whole", train(tmp_path / "parts"), tmp_path / "parts")
+
+
+@pytest.mark.parametrize("aside", (True, False))
+def test_write_file_follows_no_link(tmp_path, aside):
+    elsewhere, path = tmp_path / "elsewhere", tmp_path / "report.md"
+    elsewhere.write_text("mine")
+    (tmp_path / "report.md.tmp" if aside else path).symlink_to(elsewhere)
+    write_file(path, "new")
+    assert path.read_text() == "new" and not path.is_symlink() and elsewhere.read_text() == "mine"
+    assert sorted(tmp_path.iterdir()) == [elsewhere, path]
+
+
+def test_an_error_of_a_write_names_the_file(tmp_path, monkeypatch):
+    no_space_at(monkeypatch, 0)
+    with pytest.raises(OSError) as caught:
+        write_file(tmp_path / "report.md", "new")
+    assert caught.value.filename == str(tmp_path / "report.md")
 
 
 def test_write_file_is_all_or_nothing(tmp_path, monkeypatch):
@@ -344,7 +471,7 @@ def test_compile_trains_and_keeps_the_names_of_the_weights(tmp_path, kind):
     names = list(candidate.state_dict())
     stream = StreamBatches([torch.cat(IDS)[:160]], 4, 8)  # 5 windows of one shape: one compilation
     trainer = Trainer(candidate, next_word_loss, stream, replace(SETTINGS, compile=True))
-    trainer.run(tmp_path, lambda model: float(torch.rand(())), StopAfter(), kind)
+    trainer.run(ModelFolder(tmp_path, RUN), lambda model: float(torch.rand(())), StopAfter(), kind)
     assert list(trainer.model.state_dict()) == names
     assert set(load_checkpoint(tmp_path, "best")[0]) == set(names)
     losses = [line["train_loss"] for line in log(tmp_path) if "train_loss" in line]

@@ -231,7 +231,7 @@ def test_the_plain_closed_form_trains(data, tmp_path, monkeypatch, capsys):
     for wrong in (["--activation", "tanh"], ["--generate", "the"]):
         assert closed_form.main([*flags, "--name", "other", *wrong]) == 2
         assert wrong[0] in capsys.readouterr().err and not (tmp_path / "runs" / "other").exists()
-    assert closed_form.main(flags) == 0 and (tmp_path / "runs" / "closed-form-demo-0").is_dir()
+    assert closed_form.main(flags) == 0 and (tmp_path / "runs" / "closed-form-demo-text-0").is_dir()
 
 
 def test_every_number_of_known_words_is_asked_of_the_same_words(monkeypatch):

@@ -1,0 +1,66 @@
+"""The encoder-decoders that are compared, QRNN or LSTM, and their loss."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from examples.translation.config import Config
+from examples.translation.data import Batch
+from examples.translation.lstm_seq2seq import LSTMSeq2Seq
+from lab.batches import IGNORE
+from lab.run import count_parameters, matched_width
+from lab.training import Carried
+from qrnn.seq2seq import QRNNSeq2Seq
+
+
+def build_qrnn(config: Config, hidden: int, vocabulary: int) -> QRNNSeq2Seq:
+    return QRNNSeq2Seq(
+        vocabulary,
+        vocabulary,
+        config.embedding,
+        hidden,
+        config.layers,
+        config.dropout,
+        kernel_size=config.kernel_size,
+        first_kernel_size=config.first_kernel_size,
+        causal_encoder=config.causal_encoder,
+        mode=config.mode,
+        zoneout=config.zoneout,
+        activation=config.activation,
+        method=config.method,
+    )
+
+
+def build_lstm(config: Config, hidden: int, vocabulary: int) -> LSTMSeq2Seq:
+    return LSTMSeq2Seq(vocabulary, vocabulary, config.embedding, hidden, config.layers, config.dropout)
+
+
+def build_model(config: Config, name: str, vocabulary: int) -> QRNNSeq2Seq | LSTMSeq2Seq:
+    """The translator "qrnn" or "lstm", initialised from the seed."""
+    hidden, build = config.hidden, {"qrnn": build_qrnn, "lstm": build_lstm}[name]
+    if name == "lstm" and config.match:
+        with torch.device("meta"):
+            target = count_parameters(recurrent_part(build_qrnn(config, hidden, vocabulary)))
+        hidden = matched_width(target, lambda width: recurrent_part(build_lstm(config, width, vocabulary)))
+    torch.manual_seed(config.seed)
+    model = build(config, hidden, vocabulary)
+    model.hidden = hidden
+    return model
+
+
+def recurrent_part(model: QRNNSeq2Seq | LSTMSeq2Seq) -> nn.ModuleList:
+    """All but the embeddings and the softmax."""
+    outside = (model.source_embedding, model.target_embedding, model.output)
+    return nn.ModuleList(child for child in model.children() if child not in outside)
+
+
+def next_character_loss(model: nn.Module, batch: Batch, carried: Carried) -> tuple[Tensor, Tensor, Carried]:
+    """The negative log-likelihoods of the targets, summed, in nats; how many they are; nothing. A `training.Step`."""
+    logits = model(batch.source, batch.source_lengths, batch.inputs)  # (B, T, V)
+    losses = F.cross_entropy(
+        logits.float().flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORE, reduction="none"
+    )  # (B*T,), 0 where padded
+    precise = torch.float32 if losses.device.type == "mps" else torch.float64  # MPS has no float64
+    return losses.sum(dtype=precise), (batch.targets != IGNORE).sum(), None
