@@ -111,6 +111,7 @@ def test_the_output_has_time_first_in_memory_as_the_next_layer_wants_it():
 
 @pytest.mark.parametrize("mode", ["f", "fo", "ifo"])
 @pytest.mark.parametrize("share", [0.3, 0.9])
+@torch.no_grad()
 def test_states_that_are_kept_are_kept_to_the_bit(share, mode):
     layer = built(1, mode=mode, dtype=torch.float32)  # of one tap, so that states are stored in the order of time
     torch.manual_seed(0)
