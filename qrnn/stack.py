@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,7 @@ from qrnn.fast import FastQRNNLayer
 from qrnn_layer import QRNNState, check_probability, check_size, check_tensor, expect
 
 State = Tensor | tuple  # see `QRNN`
+Input = TypeVar("Input", Tensor, PackedSequence)
 
 
 class QRNN(nn.Module):
@@ -133,12 +134,6 @@ class QRNN(nn.Module):
         names = ("num_layers", "bias", "batch_first", "dropout", "bidirectional", "dense")
         return f"{self.input_size}, {self.hidden_size}, " + ", ".join(f"{n}={getattr(self, n)}" for n in names)
 
-    @overload
-    def forward(self, input: Tensor, hx: State | None = None) -> tuple[Tensor, State]: ...
-
-    @overload
-    def forward(self, input: PackedSequence, hx: State | None = None) -> tuple[PackedSequence, State]: ...
-
     def forward(self, input: Tensor | PackedSequence, hx: State | None = None) -> tuple[Tensor | PackedSequence, State]:
         """Run the stack over T steps.
 
@@ -171,8 +166,9 @@ class QRNN(nn.Module):
         output, state = self._stack(x, self._checked_state(hx, x))
         return (output if self.batch_first else output.transpose(0, 1)).contiguous(), state  # contiguous: for `view`
 
-    if TYPE_CHECKING:  # else a call of a module is Any
-        __call__ = forward
+    if TYPE_CHECKING:  # a call of a module is Any, else
+
+        def __call__(self, input: Input, hx: State | None = None) -> tuple[Input, State]: ...
 
     def _forward_packed(self, packed: PackedSequence, hx: State | None) -> tuple[PackedSequence, State]:
         """Run in the packed order, longest sequence first; sort the state on the way in and back on the way out."""
