@@ -205,7 +205,8 @@ class QRNNSeq2Seq(nn.Module):
     def start(self, source: Tensor, source_lengths: Tensor | Sequence[int]) -> Seq2SeqState:
         """Encode the source; arguments and errors as in `forward`. The state is that of an empty target."""
         check_tensor("source", source, ("B", "S"), None, *WHOLE)
-        lengths = check_lengths(source_lengths, *source.shape, "source_lengths", least=1).to(source.device)
+        lengths = check_lengths(source_lengths, len(source), source.shape[1], "source_lengths", least=1)
+        lengths = lengths.to(source.device)
         padding = torch.arange(source.shape[1], device=source.device) >= lengths.unsqueeze(1)  # (B, S)
         source = source.masked_fill(padding, 0)
         _check_range("source", source, 0, self.source_embedding.num_embeddings - 1)

@@ -112,7 +112,7 @@ class QRNN(nn.Module):
             for _ in range(directions):
                 layers.append(FastQRNNLayer(features, self.hidden_size, width, mode, zoneout, **options))
             features, width = self.hidden_size * directions + (features if dense else 0), kernel_size
-        self.layers: Sequence[QRNNLayer] = nn.ModuleList(layers)  # type: ignore[assignment]  # it cannot say of what
+        self.layers: Sequence[FastQRNNLayer] = nn.ModuleList(layers)  # type: ignore[assignment]  # it cannot say of what
         widths = [layer.kernel_size for layer in layers]
         self._windows = dense or widths[0] > 1 or max(widths) > 2  # whether the state has windows beside h and c
         self._warned = False
