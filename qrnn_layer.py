@@ -14,7 +14,7 @@ Glossary (letters of the paper):
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from numbers import Integral, Real
 from typing import NamedTuple
 
@@ -67,6 +67,8 @@ class QRNNLayer(nn.Module):
     Raises TypeError or ValueError if an argument is of a wrong type or out of range.
     """
 
+    __call__: Callable[..., tuple[Tensor, QRNNState]]  # for type checkers, to which a call of a module is Any
+
     def __init__(
         self,
         input_size: int,
@@ -105,10 +107,8 @@ class QRNNLayer(nn.Module):
                 self.bias[self.hidden_size : 2 * self.hidden_size] += forget_bias
 
     def extra_repr(self) -> str:
-        text = ", ".join(
-            f"{n}={getattr(self, n)!r}" for n in ("kernel_size", "mode", "zoneout", "activation", "method")
-        )
-        return f"{self.input_size}, {self.hidden_size}, {text}, bias={self.bias is not None}"
+        options = (f"{n}={getattr(self, n)!r}" for n in ("kernel_size", "mode", "zoneout", "activation", "method"))
+        return f"{self.input_size}, {self.hidden_size}, {', '.join(options)}, bias={self.bias is not None}"
 
     def initial_state(self, batch_size: int, like: Tensor) -> QRNNState:
         """Return zeros for `batch_size` sequences, on the device of `like` and in its dtype."""
@@ -136,7 +136,7 @@ class QRNNLayer(nn.Module):
             x = x.masked_fill(padding, 0)
         seen = torch.cat([state.window.to(x.dtype).transpose(0, 1), x.transpose(0, 1)]).transpose(0, 1)  # (B, K-1+T, F)
         h, c = self._run(seen, state.c, self._keep(x, padding))
-        if lengths is None:
+        if lengths is None or padding is None:
             return h, QRNNState(c, seen[:, time:].clone())  # a view would keep the whole sequence in memory
         last = lengths.unsqueeze(1) + torch.arange(self.kernel_size - 1, device=x.device)  # (B, K-1)
         return h.masked_fill(padding, 0), QRNNState(c, seen.take_along_dim(last.unsqueeze(2), dim=1))
@@ -345,7 +345,7 @@ class _Pool(torch.autograd.Function):
             return array if array is None else array.flatten(0, 1)
 
         log_f, x, h0, keep = map(fold, inputs[:4], in_dims[:4])
-        return _recurrence(log_f, x, h0, *inputs[4:], keep).unflatten(0, (info.batch_size, -1)), 0
+        return _recurrence(log_f, x, h0, *inputs[4:], keep).unflatten(0, (info.batch_size, -1)), 0  # type: ignore[call-arg]
 
 
 class _PoolForwardMode(_Pool):

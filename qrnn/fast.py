@@ -180,8 +180,8 @@ def _forward(
         convolves.project(seen[piece.start : piece.stop + window], bias, y)
         z, g, i, o, c = map(convolves.split, (*_activate(y, setting), states[place]))
         if keep is not None:
-            for gate in (g, i) if setting.mode == "ifo" else (g,):
-                for half, where in zip(gate, even_and_odd(keep[piece]), strict=True):
+            for halves in (g, i) if setting.mode == "ifo" else (g,):
+                for half, where in zip(halves, even_and_odd(keep[piece]), strict=True):
                     half.masked_fill_(where, 0)
         if setting.mode == "ifo":
             for half, candidate, gate in zip(c, z, i, strict=True):
@@ -284,7 +284,8 @@ def _gradients_of_definition(ctx, *grads: Tensor | None) -> list[Tensor | None]:
     # Aliases, because one may be a function of another: the input of a second layer with the same weight.
     inputs = [a.view_as(a) if needed else a for a, needed in zip(ctx.saved_tensors[:5], needs, strict=True)]
     wanted = [a for a, needed in zip(inputs, needs, strict=True) if needed]
-    given = [(h, grad) for h, grad in zip(_definition(*inputs, ctx.setting), grads, strict=True) if grad is not None]
+    outputs = _definition(*inputs, ctx.setting)  # type: ignore[call-arg]
+    given = [(h, grad) for h, grad in zip(outputs, grads, strict=True) if grad is not None]
     outputs, grads = zip(*given, strict=True)
     found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=True))
     return [next(found) if needed else None for needed in needs]
@@ -316,7 +317,8 @@ class FastQRNNLayer(QRNNLayer):
 
     def _step(self, seen: Tensor, c0: Tensor, keep: Tensor | None, setting: _Setting) -> tuple[Tensor, Tensor]:
         """Run one step, as in generation, with few calls."""
-        weight, bias = self.weight, self.bias
+        weight: Tensor = self.weight
+        bias: Tensor | None = self.bias
         if setting.dtype != weight.dtype:
             weight, bias = weight.to(setting.dtype), None if bias is None else bias.to(setting.dtype)
         y = F.linear(seen.flatten(1).to(setting.dtype), weight, bias).to(c0.dtype)

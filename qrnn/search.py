@@ -18,6 +18,10 @@ from qrnn_layer import check_size, expect
 class SearchModel(Protocol):
     """What a search needs of an nn.Module: `start` and `step` as in `QRNNSeq2Seq`, a state with `index_select`."""
 
+    def modules(self) -> Iterator[nn.Module]: ...
+
+    def eval(self) -> Any: ...
+
     def start(self, source: Tensor, source_lengths: Tensor) -> Any: ...
 
     def step(self, tokens: Tensor, state: Any) -> tuple[Tensor, Any, Tensor | None]: ...
@@ -134,11 +138,11 @@ def beam_search(
 
     if None in found:
         raise ValueError(f"model: no target of finite probability for sentence {found.index(None)}: NaN parameters?")
-    return found
+    return [hypothesis for hypothesis in found if hypothesis is not None]
 
 
 @contextmanager
-def _evaluation(model: nn.Module) -> Iterator[None]:
+def _evaluation(model: SearchModel) -> Iterator[None]:
     """Evaluation mode and no gradients; afterwards every module is in the mode that it was in."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()

@@ -15,7 +15,7 @@ over time. Glossary, besides that of `qrnn_layer`:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +36,7 @@ class CentredLayer(FastQRNNLayer):
     """
 
     def forward(
-        self, x: Tensor, state: None = None, lengths: Tensor | Sequence[int] | None = None
+        self, x: Tensor, state: QRNNState | None = None, lengths: Tensor | Sequence[int] | None = None
     ) -> tuple[Tensor, QRNNState]:
         """Run the layer as `QRNNLayer` does; raise ValueError if a state is given."""
         expect(state is None, "state", type(state), "None: a centred layer looks ahead and takes whole sequences")
@@ -61,8 +61,12 @@ class DecoderLayer(QRNNLayer):
         state = self._check_input(x, state)
         seen = torch.cat([state.window.to(x.dtype), x], dim=1)  # (B, K-1+T, F)
         c, o = self._cells(self._project(seen) + condition.unsqueeze(1), state.c, self._keep(x))
+        assert o is not None  # `QRNNSeq2Seq` takes no mode without an output gate
         time = x.shape[1]
         return c, o, QRNNState((c[:, -1] if time else state.c).clone(), seen[:, time:].clone())
+
+
+Layer = TypeVar("Layer", bound=QRNNLayer)
 
 
 # --- the model -------------------------------------------------------------------------------------------------------
@@ -150,13 +154,13 @@ class QRNNSeq2Seq(nn.Module):
             check_size(name, size)
         check_probability("dropout", dropout)
         expect(str(mode) in ("fo", "ifo"), "mode", mode, "fo or ifo, for attention needs an output gate (eq. 8),")
-        place = {"device": device, "dtype": dtype}
+        place: dict[str, Any] = {"device": device, "dtype": dtype}
         options = {"mode": mode, "zoneout": zoneout, "activation": activation, "method": method, **place}
 
-        def stack(layer_class: type[QRNNLayer], first_kernel_size: int) -> nn.ModuleList:
+        def stack(layer_class: type[Layer], first_kernel_size: int) -> Sequence[Layer]:
             features = [embedding_size] + [hidden_size] * (num_layers - 1)
             widths = [first_kernel_size] + [kernel_size] * (num_layers - 1)
-            return nn.ModuleList(
+            return nn.ModuleList(  # type: ignore[return-value]  # it cannot say of what
                 layer_class(size, hidden_size, width, **options) for size, width in zip(features, widths, strict=True)
             )
 
@@ -201,7 +205,8 @@ class QRNNSeq2Seq(nn.Module):
     def start(self, source: Tensor, source_lengths: Tensor | Sequence[int]) -> Seq2SeqState:
         """Encode the source; arguments and errors as in `forward`. The state is that of an empty target."""
         check_tensor("source", source, ("B", "S"), None, *WHOLE)
-        lengths = check_lengths(source_lengths, *source.shape, "source_lengths", least=1).to(source.device)
+        lengths = check_lengths(source_lengths, len(source), source.shape[1], "source_lengths", least=1)
+        lengths = lengths.to(source.device)
         padding = torch.arange(source.shape[1], device=source.device) >= lengths.unsqueeze(1)  # (B, S)
         source = source.masked_fill(padding, 0)
         _check_range("source", source, 0, self.source_embedding.num_embeddings - 1)
@@ -234,7 +239,8 @@ class QRNNSeq2Seq(nn.Module):
 
     def _decode(self, target: Tensor, state: Seq2SeqState) -> tuple[Tensor, Seq2SeqState, Tensor]:
         """The next steps of the target, (B, T): logits (B, T, V), the state after them, alpha (B, T, S)."""
-        h, states = self.target_embedding(target), []  # (B, T, E)
+        h = self.target_embedding(target)  # (B, T, E)
+        states: list[QRNNState] = []
         for layer, before, condition in zip(self.decoder, state.layers, state.conditions, strict=True):
             x = self.dropout(h) if states else h
             c, o, after = layer.cells(x, before, condition)  # (B, T, H)

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -177,6 +178,6 @@ def _common_dtype(*arrays: Tensor | None) -> torch.dtype:
     return dtypes[0]
 
 
-def _at_least_float32(*arrays: Tensor | None) -> list[Tensor | None]:
+def _at_least_float32(*arrays: Tensor | None) -> list[Any]:  # None stays None
     """States of a whole sequence need it, the exchanged ones too."""
     return [array if array is None else array.to(torch.promote_types(array.dtype, torch.float32)) for array in arrays]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +15,7 @@ from qrnn.fast import FastQRNNLayer
 from qrnn_layer import QRNNState, check_probability, check_size, check_tensor, expect
 
 State = Tensor | tuple  # see `QRNN`
+Input = TypeVar("Input", Tensor, PackedSequence)
 
 
 class QRNN(nn.Module):
@@ -102,14 +105,15 @@ class QRNN(nn.Module):
                 stacklevel=2,
             )
         directions = 2 if bidirectional else 1
-        options = {"activation": activation, "bias": self.bias, "method": method, "device": device, "dtype": dtype}
-        self.layers = nn.ModuleList()
-        features, width = self.input_size, first_kernel_size
+        options: dict[str, Any] = {"activation": activation, "bias": self.bias, "method": method}
+        options |= {"device": device, "dtype": dtype}
+        layers, features, width = [], self.input_size, first_kernel_size
         for _ in range(self.num_layers):
             for _ in range(directions):
-                self.layers.append(FastQRNNLayer(features, self.hidden_size, width, mode, zoneout, **options))
+                layers.append(FastQRNNLayer(features, self.hidden_size, width, mode, zoneout, **options))
             features, width = self.hidden_size * directions + (features if dense else 0), kernel_size
-        widths = [layer.kernel_size for layer in self.layers]
+        self.layers: Sequence[FastQRNNLayer] = nn.ModuleList(layers)  # type: ignore[assignment]  # it cannot say of what
+        widths = [layer.kernel_size for layer in layers]
         self._windows = dense or widths[0] > 1 or max(widths) > 2  # whether the state has windows beside h and c
         self._warned = False
 
@@ -162,15 +166,19 @@ class QRNN(nn.Module):
         output, state = self._stack(x, self._checked_state(hx, x))
         return (output if self.batch_first else output.transpose(0, 1)).contiguous(), state  # contiguous: for `view`
 
+    if TYPE_CHECKING:  # a call of a module is Any, else
+
+        def __call__(self, input: Input, hx: State | None = None) -> tuple[Input, State]: ...
+
     def _forward_packed(self, packed: PackedSequence, hx: State | None) -> tuple[PackedSequence, State]:
         """Run in the packed order, longest sequence first; sort the state on the way in and back on the way out."""
         data, batch_sizes, sorted_indices, unsorted_indices = packed
         check_tensor("input", data, ("steps", self.input_size))
         x, lengths = pad_packed_sequence(PackedSequence(data, batch_sizes), batch_first=True)  # (B, T, F), (B,)
-        state = self._checked_state(hx, x)
-        if state is not None and sorted_indices is not None:
-            state = _map(lambda part: part.index_select(1, sorted_indices), state)
-        output, state = self._stack(x, state, lengths.to(x.device))
+        before = self._checked_state(hx, x)
+        if sorted_indices is not None:
+            before = _map(lambda part: part.index_select(1, sorted_indices), before)
+        output, state = self._stack(x, before, lengths.to(x.device))
         if unsorted_indices is not None:
             state = _map(lambda part: part.index_select(1, unsorted_indices), state)
         output = pack_padded_sequence(output, lengths, batch_first=True).data
@@ -255,7 +263,7 @@ class QRNN(nn.Module):
         )
 
 
-def _map(function, state: State | None):
+def _map(function: Callable[[Tensor], Tensor], state: Any) -> Any:
     """Apply to every tensor of a state, however its tuples are nested."""
     if isinstance(state, Tensor):
         return function(state)
