@@ -10,7 +10,7 @@ demo: .venv/installed  ## train a QRNN and an LSTM on the artificial language
 	$(BIN)/python experiment.py --preset demo
 
 test: lint  ## the whole suite, after lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: .venv/installed  ## style, types, and which module may import which
 	$(BIN)/ruff check .
