@@ -59,6 +59,8 @@ class QRNN(nn.Module):
     Parameters are called layers.N.weight and layers.N.bias; N counts layers and directions. Initialisers that look for
     "weight_ih", "weight_hh" or "bias_ih" in a name find none of them: use `reset_parameters`, or initialise
     `all_weights`. The rows of a weight are the blocks z, f, [i], [o]; its columns are the K inputs, oldest first.
+    An initialiser that sets the second quarter of a bias to 1, the forget gates of an LSTM, misses them here: use
+    `reset_parameters(1.0)`.
 
     Weights of salesforce/pytorch-qrnn: its F is 1 - f here, so negate the rows of F in weight and bias; the blocks are
     in the same order. With its window of 2 (kernel_size and first_kernel_size 2 here) its input is [x_t, x_{t-1}]: swap
