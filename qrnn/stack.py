@@ -31,6 +31,7 @@ class QRNN(nn.Module):
     gives what the whole gives. In two, a state that goes in is an initial value, as in nn.LSTM.
 
     That is enough because a layer with a window of two looks back at the last output of the layer below, which is in h.
+    Of an h that goes in, the last layer's goes nowhere.
     Wider windows, `dense` and a first layer that looks back need more. There the state is (h, c, window): `window` is a
     tuple of the last K - 1 inputs of each layer and direction, (K - 1, B, F_layer). Such a stack also takes (h, c). It
     then starts from windows of zeros, which is right at the start of a sequence, and warns once where it is not.
@@ -58,10 +59,15 @@ class QRNN(nn.Module):
     Parameters are called layers.N.weight and layers.N.bias; N counts layers and directions. Initialisers that look for
     "weight_ih", "weight_hh" or "bias_ih" in a name find none of them: use `reset_parameters`, or initialise
     `all_weights`. The rows of a weight are the blocks z, f, [i], [o]; its columns are the K inputs, oldest first.
+    An initialiser that sets the second quarter of a bias to 1, the forget gates of an LSTM, misses them here: use
+    `reset_parameters(1.0)`.
 
     Weights of salesforce/pytorch-qrnn: its F is 1 - f here, so negate the rows of F in weight and bias; the blocks are
     in the same order. With its window of 2 (kernel_size and first_kernel_size 2 here) its input is [x_t, x_{t-1}]: swap
     the halves of the columns.
+
+    To quantise to 8 bits, export to ONNX and then call `onnxruntime.quantization.quantize_dynamic("qrnn.onnx",
+    "qrnn-int8.onnx")`. That of torch leaves a QRNN as it is, for its weights are in no nn.Linear.
     """
 
     def __init__(

@@ -7,7 +7,6 @@ from functools import partial
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence, pad_packed_sequence
 
@@ -390,74 +389,3 @@ THREE = torch.zeros(5, 3, 4)  # another batch size
 def test_the_same_mistakes_raise_the_same_errors(rnn_class, error, call):
     with pytest.raises(error):
         call(rnn_class)
-
-
-# --- clients ---------------------------------------------------------------------------------------------------------
-
-
-class WordModel(nn.Module):
-    """In the shape of the word-level language model of pytorch/examples: time first, a state of zeros to begin with."""
-
-    def __init__(self, rnn_class, words=12, features=16, hidden=24, layers=2):
-        super().__init__()
-        self.words, self.hidden, self.layers = words, hidden, layers
-        self.embedding, self.decoder = nn.Embedding(words, features), nn.Linear(hidden, words)
-        self.rnn = rnn_class(features, hidden, layers, dropout=0.1)
-
-    def init_hidden(self, batch_size):
-        zeros = next(self.parameters()).new_zeros(self.layers, batch_size, self.hidden)
-        return zeros if isinstance(self.rnn, nn.GRU) else (zeros, zeros)
-
-    def forward(self, words, hidden):
-        output, hidden = self.rnn(self.embedding(words), hidden)
-        return F.log_softmax(self.decoder(output).view(-1, self.words), dim=1), hidden
-
-
-@every_rnn
-def test_a_word_language_model_learns_with_carried_state(rnn_class):
-    torch.manual_seed(0)
-    model = WordModel(rnn_class)
-    text = torch.randint(12, (4, 15)).repeat(1, 40).T  # (T, B): each column repeats 15 words of its own
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
-    hidden, losses = model.init_hidden(4), []
-    for start in range(0, 590, 10):  # pieces that do not end where the repetition does
-        hidden = each(torch.detach, hidden)
-        predicted, hidden = model(text[start : start + 10], hidden)
-        loss = F.nll_loss(predicted, text[start + 1 : start + 11].flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        losses.append(loss.item())
-    assert sum(losses[-5:]) / 5 < losses[0] / 4
-
-
-class RecurrentEncoder(nn.Module):
-    """In the shape of JoeyNMT's encoder: packed in, padded out, and the last layer's directions side by side."""
-
-    def __init__(self, rnn_class, layers=3):
-        super().__init__()
-        self.rnn = rnn_class(4, 6, layers, batch_first=True, bidirectional=True)
-
-    def forward(self, x, lengths):
-        packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
-        output, hidden = self.rnn(packed)
-        output, _ = pad_packed_sequence(output, batch_first=True, total_length=x.shape[1])
-        if isinstance(hidden, tuple):
-            hidden = hidden[0]
-        hidden = hidden.view(self.rnn.num_layers, 2, len(x), self.rnn.hidden_size)
-        return output, torch.cat([hidden[-1, 0], hidden[-1, 1]], dim=1)
-
-
-@every_rnn
-def test_an_encoder_gives_each_sentence_of_a_batch_what_it_gives_it_alone(rnn_class):
-    torch.manual_seed(0)
-    encoder = RecurrentEncoder(rnn_class).double()
-    x, lengths = draw(4, 9, 4), torch.tensor([3, 8, 1, 8])  # the longest is shorter than the batch
-    output, hidden = encoder(x, lengths)
-    assert output.shape == (4, 9, 12) and hidden.shape == (4, 12)
-    for row, length in enumerate(lengths):
-        alone, alone_hidden = encoder(x[row : row + 1, :length], lengths[row : row + 1])
-        torch.testing.assert_close(output[row, :length], alone[0])
-        torch.testing.assert_close(hidden[row], alone_hidden[0])
-        assert not output[row, length:].any()
