@@ -293,7 +293,13 @@ def test_trials_are_the_same_each_time_and_differ_by_seed():
         assert sorted(int(4 * (place(trial[name]) - low) / (high - low)) for trial in drawn) == [0, 1, 2, 3]
 
 
-@pytest.mark.parametrize("flags", [["--trials", "0"], ["--lr", "5"], ["--no-such-flag"], ["--data", "nowhere"]])
+def test_a_flag_that_tuning_does_not_have_is_named(data, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        tune.main(["--data", str(data), *TINY.split(), "--no-such-flag"])
+    assert "--no-such-flag" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [["--trials", "0"], ["--lr", "5"], ["--data", "nowhere"]])
 def test_wrong_flags_of_tuning_are_one_line(data, flags, capsys):
     assert tune.main(["--data", str(data), *TINY.split(), *flags]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
