@@ -55,6 +55,7 @@ def build_qrnn(config: Config, hidden: int) -> QRNN:
         batch_first=True,
         dropout=config.dropout if config.layers > 1 else 0.0,  # with one layer there is nothing between layers
         kernel_size=config.kernel_size,
+        first_kernel_size=config.kernel_size,
         mode=config.mode,
         zoneout=config.zoneout,
         activation=config.activation,

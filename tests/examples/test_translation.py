@@ -456,7 +456,7 @@ def refused(capsys: pytest.CaptureFixture, arguments: list[str]) -> str:
         (["--data", "None"], "--data"),
         (["--source", "cc"], "train.cc"),
         (["--target", "cc"], "train.cc"),
-        (["--translate", "abc"], "runs/translation-demo-reversed-0 holds no run"),
+        (["--translate", "abc"], "runs/translation-demo-files-0 holds no run"),
     ),
 )
 def test_wrong_arguments_are_one_line(capsys, arguments, words):

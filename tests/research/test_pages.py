@@ -200,7 +200,7 @@ def test_comparisons_have_as_many_runs_of_one_as_of_the_other(write, monkeypatch
     assert comparison.best_dense().gap == 5.0
     write("first_kernel", a=run("qrnn", 90.0, 70.0), b=run("qrnn", 90.0, 70.2))
     assert comparison.one_word_first().gap == pytest.approx(-20.15)
-    assert "QRNN (WikiText-2, sentences, first layer k = 1" in comparison.verdict()
+    assert "QRNN (WikiText-2, sentences, layer 1 with k = 1" in comparison.verdict()
 
 
 # --- figures ---------------------------------------------------------------------------------------------------------
