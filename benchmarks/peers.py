@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from lab.provenance import installed_version
 from qrnn_layer import METHODS, pool
 
 Way = Callable[[Tensor, Tensor], Tensor]
@@ -133,14 +133,9 @@ def load(name: str, device: str) -> Way:
 
 def versions() -> dict[str, str | None]:
     """Of the peers' packages; None: not installed."""
-    return {package: _version(package) for package in sorted({peer.package for peer in PEERS.values()} - {"torch"})}
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
+    return {
+        package: installed_version(package) for package in sorted({peer.package for peer in PEERS.values()} - {"torch"})
+    }
 
 
 def one_line(error: BaseException) -> str:

@@ -9,7 +9,7 @@ import platform
 import shlex
 import subprocess
 import sys
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +41,16 @@ def provenance(*, seed: int, device: str) -> dict[str, Any]:
             "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
             "device": device,
         },
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in LIBRARIES},
+        "versions": {"python": platform.python_version()} | {name: installed_version(name) for name in LIBRARIES},
     }
+
+
+def installed_version(package: str) -> str | None:
+    """Return the version of a package; None if it is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def command(*, folders: bool) -> str:

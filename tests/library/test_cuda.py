@@ -1,5 +1,7 @@
 """What only a GPU can show: skipped where there is none."""
 
+import os
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,8 +11,25 @@ from torch.nn.utils.rnn import pack_sequence
 from qrnn import QRNN
 from qrnn_layer import METHODS, MODES, QRNNLayer, pool
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # PyTorch reads it once, for its deterministic products
+
+DEVICE = "cuda"
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    # PyTorch's advice on the GPU it finds, and its note that it does not see every wait
+    pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning"),
+]
 every_method = pytest.mark.parametrize("method", ("auto", *METHODS))
+
+
+@pytest.fixture(autouse=True)
+def without_tf32():
+    """Compare with the CPU in full float32, whatever PyTorch allows by itself."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = before  # monkeypatch cannot: it would delete the attribute
 
 
 def gates(time: int, bias: float, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
@@ -29,11 +48,14 @@ def pooled(arrays: list[torch.Tensor], method: str, device: str) -> tuple[torch.
     return tuple(array.detach().cpu().double() for array in (h, *torch.autograd.grad(h, leaves, weights)))
 
 
+# --- pooling ---------------------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("bias", (-6.0, 0.0, 6.0))
 @pytest.mark.parametrize("time", (1, 7, 129, 4096))
 @every_method
 def test_pooling_is_the_definition_on_the_cpu(method, time, bias):
-    h, *gradients = pooled(gates(time, bias, torch.float32), method, "cuda")
+    h, *gradients = pooled(gates(time, bias, torch.float32), method, DEVICE)
     want, *want_gradients = pooled(gates(time, bias), "loop", "cpu")
     c = float(gates(time, bias)[0].cumsum(1).abs().max())
     eps = torch.finfo(torch.float32).eps
@@ -44,21 +66,43 @@ def test_pooling_is_the_definition_on_the_cpu(method, time, bias):
             assert (got - right).norm() <= 2e-5 * right.norm(), name
 
 
+def test_the_scan_pairs_logs():
+    """Of constant gates and x = 1 - f, h_t is 1 - f^t. A product of gates would have lost the digits of 1 - f."""
+    log_f = torch.full((1, 2**20, 1), -1e-7)
+    log_x = log_f.double().expm1().neg().log().float()
+    want = -(log_f.double() * torch.arange(1, 2**20 + 1).view(1, -1, 1)).expm1()
+    got = pool(log_f.to(DEVICE), log_x.to(DEVICE), method="scan").cpu().double()
+    assert ((got - want).abs() / want).max() <= 1e-5
+
+
+@every_method
+def test_resets_and_missing_inputs_stay_finite(method):
+    log_f, log_x, h0 = gates(129, 0.0, torch.float32)
+    log_f[:, ::5], log_x[:, ::7] = -torch.inf, -torch.inf
+    h, *gradients = pooled([log_f, log_x, h0], method, DEVICE)
+    want, *_ = pooled([log_f.double(), log_x.double(), h0.double()], "loop", "cpu")
+    torch.testing.assert_close(h, want, rtol=1e-2 if method == "log" else 1e-5, atol=1e-6)
+    assert all(gradient.isfinite().all() for gradient in gradients)
+
+
 @every_method
 def test_half_precision_is_pooled_in_float32(method):
-    arrays = [array.to("cuda", torch.bfloat16) for array in gates(129, 0.0)]
+    arrays = [array.to(DEVICE, torch.bfloat16) for array in gates(129, 0.0)]
     want = pool(*(array.float() for array in arrays), method=method).bfloat16()
     assert torch.equal(pool(*arrays, method=method), want)
 
 
 @every_method
-def test_tf32_changes_no_pooling(method, monkeypatch):
-    arrays = [array.to("cuda", torch.float32) for array in gates(129, 0.0)]
+def test_tf32_changes_no_pooling(method):
+    arrays = [array.to(DEVICE, torch.float32) for array in gates(129, 0.0)]
     results = []
     for allowed in (False, True):
-        monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", allowed)
+        torch.backends.cuda.matmul.allow_tf32 = allowed
         results.append(pool(*arrays, method=method))
     torch.testing.assert_close(results[0], results[1], rtol=1e-6, atol=0)
+
+
+# --- layer and stack -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -66,20 +110,81 @@ def test_the_layer_is_that_of_the_cpu_and_autocast_near_it(mode):
     torch.manual_seed(0)
     layer, x, lengths = QRNNLayer(16, 24, mode=mode), torch.randn(4, 50, 16), torch.tensor([50, 3, 0, 17])
     want, state = layer(x, lengths=lengths)
-    layer.cuda()
-    for given in (lengths, lengths.cuda()):
-        got, got_state = layer(x.cuda(), lengths=given)
+    layer.to(DEVICE)
+    for given in (lengths, lengths.to(DEVICE)):
+        got, got_state = layer(x.to(DEVICE), lengths=given)
         torch.testing.assert_close(got.cpu(), want, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(got_state[1].cpu(), state[1], rtol=1e-4, atol=1e-5)
-    with torch.autocast("cuda", torch.bfloat16):
-        got, _ = layer(x.cuda(), lengths=lengths)
+        for mine, right in zip(got_state, state, strict=True):
+            torch.testing.assert_close(mine.cpu(), right, rtol=1e-4, atol=1e-5)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        got, _ = layer(x.to(DEVICE), lengths=lengths)
     assert got.dtype == torch.bfloat16
     torch.testing.assert_close(got.cpu().float(), want, rtol=5e-2, atol=5e-2)
 
 
+def test_tf32_moves_a_layer_by_its_rounding_alone():
+    torch.manual_seed(0)
+    layer, x = QRNNLayer(64, 64).to(DEVICE), torch.randn(4, 50, 64, device=DEVICE)
+    want, _ = layer(x)
+    torch.backends.cuda.matmul.allow_tf32 = True
+    torch.testing.assert_close(layer(x)[0], want, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_stack_of_fast_layers_is_that_of_the_cpu(mode):
+    """On a CPU the layers compute in their own way; here the plain layer takes over."""
+    torch.manual_seed(0)
+    rnn, x = QRNN(16, 24, 2, batch_first=True, mode=mode), torch.randn(4, 50, 16)
+    results = []
+    for device in ("cpu", DEVICE):
+        rnn.to(device)
+        first, state = rnn(x[:, :20].to(device))
+        second, state = rnn(x[:, 20:].to(device), state)
+        output = torch.cat([first, second], dim=1)
+        gradients = torch.autograd.grad(output.square().sum(), list(rnn.parameters()))
+        results.append([array.cpu() for array in (output, *([state] if mode == "f" else state), *gradients)])
+    for want, got in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
+
+
+def test_a_sequence_step_by_step_is_the_whole():
+    torch.manual_seed(0)
+    rnn, x = QRNN(16, 24, 2, batch_first=True).to(DEVICE).eval(), torch.randn(4, 9, 16, device=DEVICE)
+    state, steps = None, []
+    with torch.no_grad():
+        want, (want_h, want_c) = rnn(x)
+        for t in range(x.shape[1]):
+            step, state = rnn(x[:, t : t + 1], state)
+            steps.append(step)
+    torch.testing.assert_close(torch.cat(steps, dim=1), want, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(state, (want_h, want_c), rtol=1e-4, atol=1e-5)
+
+
+def test_packed_sequences():
+    torch.manual_seed(0)
+    rnn = QRNN(16, 24, 2, bidirectional=True)
+    packed = pack_sequence([torch.randn(n, 16) for n in (5, 50, 1)], enforce_sorted=False)
+    want, state = rnn(packed)
+    got, got_state = rnn.to(DEVICE)(packed.to(DEVICE))
+    torch.testing.assert_close(got.data.cpu(), want.data, rtol=1e-4, atol=1e-5)
+    for mine, right in zip(got_state, state, strict=True):
+        torch.testing.assert_close(mine.cpu(), right, rtol=1e-4, atol=1e-5)
+
+
+def test_zoned_out_states_stay_to_the_bit():
+    torch.manual_seed(0)
+    layer = QRNNLayer(16, 24, mode="f", zoneout=0.5).to(DEVICE)
+    h, _ = layer(torch.randn(4, 50, 16, device=DEVICE))
+    stayed = (h[:, 1:] == h[:, :-1]).float().mean().item()
+    assert 0.45 < stayed < 0.55
+
+
+# --- what only CUDA has ----------------------------------------------------------------------------------------------
+
+
 def test_a_training_step_never_waits_for_the_gpu():
-    rnn = QRNN(16, 24, 2, batch_first=True, zoneout=0.1).cuda()
-    x = torch.randn(4, 50, 16, device="cuda")
+    rnn = QRNN(16, 24, 2, batch_first=True, zoneout=0.1, dropout=0.1).to(DEVICE)
+    x = torch.randn(4, 50, 16, device=DEVICE)
     rnn(x)[0].sum().backward()  # what is set up on first use may wait
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -89,7 +194,7 @@ def test_a_training_step_never_waits_for_the_gpu():
 
 
 def test_another_stream():
-    layer, x = QRNNLayer(16, 24).cuda(), torch.randn(4, 50, 16, device="cuda")
+    layer, x = QRNNLayer(16, 24).to(DEVICE), torch.randn(4, 50, 16, device=DEVICE)
     want, _ = layer(x)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -97,6 +202,17 @@ def test_another_stream():
         got, _ = layer(x)
     torch.cuda.current_stream().wait_stream(stream)
     torch.testing.assert_close(got, want)
+
+
+def test_deterministic_algorithms_work_and_repeat_to_the_bit():
+    torch.manual_seed(0)
+    rnn, x = QRNN(16, 24, 2, batch_first=True).to(DEVICE), torch.randn(4, 500, 16, device=DEVICE)
+    torch.use_deterministic_algorithms(True)
+    try:
+        runs = [torch.autograd.grad(rnn(x)[0].square().sum(), list(rnn.parameters())) for _ in range(2)]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
 class Output(nn.Module):
@@ -113,8 +229,8 @@ class Output(nn.Module):
 @every_method
 def test_cuda_graphs(method):
     torch.manual_seed(0)
-    model = Output(QRNN(16, 24, 2, batch_first=True, method=method)).cuda()
-    x = torch.randn(4, 50, 16, device="cuda")
+    model = Output(QRNN(16, 24, 2, batch_first=True, method=method)).to(DEVICE)
+    x = torch.randn(4, 50, 16, device=DEVICE)
     want = model(x)
     want_gradients = torch.autograd.grad(want.square().sum(), list(model.parameters()))
     graphed = torch.cuda.make_graphed_callables(model, (torch.randn_like(x),))
@@ -124,34 +240,29 @@ def test_cuda_graphs(method):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("shape", ((8193, 4, 65_536), (1, 2**21 + 1, 1024)), ids=("wide", "long"))
+@pytest.mark.parametrize("method", ("scan", "loop", "blocked"))
+def test_more_than_two_to_the_31_numbers(method, shape):
+    if method == "loop" and shape[1] > 4:
+        pytest.skip("a loop over two million steps")
+    arrays = {"scan": 8, "loop": 8, "blocked": 18}[method]  # of that size, at the peak
+    torch.cuda.empty_cache()
+    if torch.cuda.mem_get_info()[0] < arrays * 4 * torch.Size(shape).numel():
+        pytest.skip(f"needs the memory of {arrays} such arrays")
+    log_f, log_x = (torch.rand(shape, device=DEVICE).neg_() for _ in range(2))
+    with torch.no_grad():
+        h = pool(log_f, log_x, method=method)
+        tail = pool(log_f[-1:, -2:], log_x[-1:, -2:], h[-1:, -3])  # the last sequence's last steps, from the one before
+    torch.testing.assert_close(h[-1:, -2:], tail, rtol=1e-5, atol=0)
+
+
+# the compiler takes the longest
 @every_method
 def test_compiled(method):
     torch.manual_seed(0)
-    layer, x = QRNNLayer(16, 24, method=method).cuda(), torch.randn(4, 50, 16, device="cuda")
+    layer, x = QRNNLayer(16, 24, method=method).to(DEVICE), torch.randn(4, 50, 16, device=DEVICE)
     want = torch.autograd.grad(layer(x)[0].square().sum(), list(layer.parameters()))
     compiled = torch.compile(layer, fullgraph=True)
     torch.testing.assert_close(compiled(x)[0], layer(x)[0], rtol=1e-4, atol=1e-5)
     for a, b in zip(torch.autograd.grad(compiled(x)[0].square().sum(), list(layer.parameters())), want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
-
-
-def test_deterministic_algorithms_work_and_repeat_to_the_bit(monkeypatch):
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.manual_seed(0)
-    rnn, x = QRNN(16, 24, 2, batch_first=True).cuda(), torch.randn(4, 500, 16, device="cuda")
-    torch.use_deterministic_algorithms(True)
-    try:
-        runs = [torch.autograd.grad(rnn(x)[0].square().sum(), list(rnn.parameters())) for _ in range(2)]
-    finally:
-        torch.use_deterministic_algorithms(False)
-    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
-
-
-def test_packed_sequences():
-    torch.manual_seed(0)
-    rnn = QRNN(16, 24, 2, bidirectional=True)
-    packed = pack_sequence([torch.randn(n, 16) for n in (5, 50, 1)], enforce_sorted=False)
-    want, state = rnn(packed)
-    got, got_state = rnn.cuda()(packed.to("cuda"))
-    torch.testing.assert_close(got.data.cpu(), want.data, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(got_state[1].cpu(), state[1], rtol=1e-4, atol=1e-5)

@@ -1,0 +1,564 @@
+"""Measure on a GPU what had to be decided without one: benchmarks/gpu.sh runs the steps of this module.
+
+    python -m benchmarks.gpu STEP FOLDER
+
+Each step writes FOLDER/STEP.json, anew after every comparison: what is cut off loses little. What does not run leaves a
+row that says why. The steps `compile`, `tests`, `methods` and `fig4` need no package but PyTorch (`tests`: and pytest).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import product
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from benchmarks.instruments import Call, Row, Shape, interleaved, speed_rows
+from benchmarks.peers import one_line
+from lab.provenance import provenance
+from qrnn_layer import METHODS, QRNNLayer, _closed_form_of_any_sign, _recurrence, _scan
+
+ROOT = Path(__file__).parents[1]
+TESTS = ROOT / "tests" / "library" / "test_cuda.py"
+Problem = tuple[Tensor, Tensor, Tensor]  # log_f and x > 0, (B, T, H), and h0, (B, H)
+Way = Callable[[Tensor, Tensor, Tensor], Tensor]  # of a problem -> h, (B, T, H)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The sizes of everything that is measured; `budget` is the seconds of rounds for each comparison."""
+
+    shapes: tuple[Shape, ...] = ((32, 512, 640), (8, 512, 320), (128, 32, 320), (1, 65_536, 64))
+    longest_loop: int = 2048
+    longest_compiled_loop: int = 32  # the compiler unrolls it
+    width: int = 320  # from here on Fig. 4 of the paper
+    batches: tuple[int, ...] = (8, 16, 32, 64, 128, 256)
+    lengths: tuple[int, ...] = (32, 64, 128, 256, 512)
+    copy_size: int = 2**28  # numbers
+    matrix_size: int = 8192
+    launches: int = 1000
+    budget: float = 0.2
+    backend: str = "inductor"
+
+
+PLAN = Plan()
+
+
+class Record:
+    """A JSON file that says where its rows come from, and is written anew whenever some are added."""
+
+    def __init__(self, path: Path, device: str) -> None:
+        self.path, self.content = path, {"provenance": provenance(seed=0, device=device)}
+        # a copy of the project without its history cannot tell its commit
+        self.content["provenance"]["commit"] = os.environ.get("COMMIT") or self.content["provenance"]["commit"]
+        self.add("rows", [])
+
+    def add(self, table: str, rows: Iterable[Row]) -> None:
+        self.content.setdefault(table, []).extend(rows)
+        aside = self.path.with_suffix(".json.part")
+        aside.write_text(json.dumps(self.content, indent=1) + "\n")
+        aside.replace(self.path)
+
+
+# --- the ways to pool ------------------------------------------------------------------------------------------------
+
+
+def _float32_blocks(log_f: Tensor, x: Tensor, h0: Tensor, positive: bool) -> Tensor:
+    """The closed form in float32 blocks of 16, short enough for its logs to keep their digits."""
+    blocks = (array.unflatten(1, (-1, 16)) for array in (log_f, x))
+    h, c = _closed_form_of_any_sign(*blocks, positive)
+    ends = _scan(c[:, :, -1], h[:, :, -1], h0)
+    starts = torch.cat([h0.unsqueeze(1), ends[:, :-1]], dim=1).unsqueeze(2)
+    return torch.addcmul(h, c.exp(), starts).flatten(1, 2)
+
+
+def _whole_in_float64(log_f: Tensor, x: Tensor, h0: Tensor, positive: bool) -> Tensor:
+    """The closed form of the whole sequence at once."""
+    h, c = _closed_form_of_any_sign(log_f.double(), x.double(), positive)
+    return (h + c.exp() * h0.unsqueeze(1)).to(x.dtype)
+
+
+def _associative_scan(mode: str, log_f: Tensor, x: Tensor, h0: Tensor, positive: bool) -> Tensor:
+    from torch._higher_order_ops import associative_scan  # a prototype: not public yet
+
+    def combine(left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        return left[0] + right[0], right[0].exp() * left[1] + right[1]
+
+    log_f_sum, h = associative_scan(combine, (log_f, x), 1, combine_mode=mode)
+    return h + log_f_sum.exp() * h0.unsqueeze(1)
+
+
+SOLVERS = {
+    "closed form, float32 blocks of 16": _float32_blocks,
+    "closed form, float64, whole": _whole_in_float64,
+    "torch.associative_scan, generic": partial(_associative_scan, "generic"),
+    "torch.associative_scan, pointwise": partial(_associative_scan, "pointwise"),  # one kernel; compiled on CUDA only
+}
+
+
+class Derived(torch.autograd.Function):
+    """A solver with the derived backward pass of `qrnn_layer._Pool`."""
+
+    @staticmethod
+    def forward(ctx, log_f: Tensor, x: Tensor, h0: Tensor, solver: str) -> Tensor:
+        h = SOLVERS[solver](log_f, x, h0, positive=True)
+        ctx.solver = solver
+        ctx.save_for_backward(log_f, h0, h)
+        return h
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        log_f, h0, h = ctx.saved_tensors
+        log_f_next = torch.cat([log_f[:, :1], log_f[:, 1:].flip(1)], dim=1)
+        delta = SOLVERS[ctx.solver](log_f_next, grad.flip(1), torch.zeros_like(h0), positive=False).flip(1)
+        f_delta = log_f.exp() * delta
+        return f_delta * torch.cat([h0.unsqueeze(1), h[:, :-1]], dim=1), delta, f_delta[:, 0], None
+
+
+def way(name: str) -> Way:
+    if name in SOLVERS:
+        return lambda log_f, x, h0: Derived.apply(log_f, x, h0, name)
+    return lambda log_f, x, h0: _recurrence(log_f, x, h0, name, 64, positive=True)
+
+
+WAYS: dict[str, Way] = {name: way(name) for name in (*METHODS, *SOLVERS)}
+
+
+def problem_of(shape: Shape, device: str) -> Problem:
+    """The gates and inputs of a layer of the mode "fo" with softplus, on random numbers."""
+    torch.manual_seed(0)
+    a, b = torch.randn(2, *shape, device=device)
+    h0 = torch.rand(shape[0], shape[2], device=device)
+    return nn.functional.logsigmoid(a), torch.sigmoid(-a) * nn.functional.softplus(b), h0
+
+
+def pooling_call(way: Way, problem: Problem, backward: bool) -> Call:
+    """Return a call that gives h or, with `backward`, the gradients of all arguments."""
+    if not backward:
+        return torch.no_grad()(partial(way, *problem))
+    weights = torch.linspace(-1, 1, problem[0].numel(), device=problem[0].device).view_as(problem[0])
+
+    def call() -> tuple[Tensor, ...]:
+        leaves = [array.detach().requires_grad_() for array in problem]
+        return torch.autograd.grad(way(*leaves), leaves, weights)
+
+    return call
+
+
+def graphed(call: Call) -> Call:
+    """Return a call that replays all kernels of this one by a single launch."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = call()
+
+    def replay() -> object:
+        graph.replay()
+        return result
+
+    return replay
+
+
+def peak_mib(call: Call) -> float | None:
+    """MiB that PyTorch allocates on the GPU during a call, at its peak."""
+    if not torch.cuda.is_available():
+        return None
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+# --- step 2: which method should be "auto" ---------------------------------------------------------------------------
+
+
+def limits(plan: Plan, device: str) -> list[Row]:
+    """What the machine can do at most: copy, multiply matrices, launch kernels."""
+    source, small = torch.randn(plan.copy_size, device=device), torch.zeros(1, device=device)
+    target, square = torch.empty_like(source), torch.randn(plan.matrix_size, plan.matrix_size, device=device)
+    half = square.bfloat16()
+
+    def launch() -> None:
+        for _ in range(plan.launches):
+            small.add_(1)
+
+    calls = {"copy": lambda: target.copy_(source), "launches": launch, "matrix product, bfloat16": lambda: half @ half}
+    if device == "cuda":
+        calls["launches, graph"] = graphed(launch)
+    rows = speed_rows(interleaved(calls, plan.budget))
+    for tf32 in (False, True):
+        allow_tf32(tf32)
+        name = f"matrix product, {'TF32' if tf32 else 'float32'}"
+        rows += speed_rows(interleaved({name: lambda: square @ square}, plan.budget))
+    for row in rows:
+        if row["what"] == "copy":
+            row["gb_per_s"] = 8e-6 * plan.copy_size / row["ms"]
+        elif "launches" in row["what"]:
+            row["us_a_launch"] = 1e3 * row["ms"] / plan.launches
+        else:
+            row["tflop_per_s"] = 2e-9 * plan.matrix_size**3 / row["ms"]
+    return rows
+
+
+def allow_tf32(allowed: bool) -> None:
+    """Alike for all: by itself PyTorch lets cuDNN's LSTM use TF32 and `F.linear` not."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
+
+
+def too_long(name: str, length: int, compiled: bool, plan: Plan) -> str | None:
+    """Why a way is not tried at a length."""
+    limit = plan.longest_compiled_loop if compiled else plan.longest_loop
+    return f"slow: not tried beyond T = {limit:,}" if name == "loop" and length > limit else None
+
+
+def forms_of(call: Call, compiled: bool, device: str) -> dict[str, Callable[[], Call]]:
+    """Return the forms in which to measure a call."""
+    name = "compiled" if compiled else "eager"
+    return {name: lambda: call} | ({f"{name}, graph": lambda: graphed(call)} if device == "cuda" else {})
+
+
+def errors(result: Tensor | tuple[Tensor, ...], wanted: Tensor | tuple[Tensor, ...]) -> list[float]:
+    """Relative L2 error of each array."""
+    pairs = zip(tree_leaves(result), tree_leaves(wanted), strict=True)
+    return [((a.double() - b).norm() / b.norm()).item() for a, b in pairs]
+
+
+def method_rows(shape: Shape, compiled: bool, plan: Plan, device: str) -> list[Row]:
+    """Compare all ways to pool at a shape, and a copy of an array of that shape."""
+    problem, rows = problem_of(shape, device), []
+    target = torch.empty_like(problem[0])
+    for backward, part in ((False, "forward"), (True, "forward + backward")):
+        wanted = pooling_call(WAYS["scan"], tuple(array.double() for array in problem), backward)()
+        cell = dict(zip("BTH", shape, strict=True)) | {"part": part}
+        torch.compiler.reset()
+        calls, facts = {("copy", "eager"): lambda: target.copy_(problem[0])}, {}
+        for name, function in WAYS.items():
+            reason = too_long(name, shape[1], compiled, plan)
+            if reason is not None:
+                rows.append(cell | {"what": name, "skipped": reason})
+                continue
+            call = pooling_call(compile_way(function, plan) if compiled else function, problem, backward)
+            for form, make in forms_of(call, compiled, device).items():
+                try:
+                    made = make()
+                    facts[name, form] = {"errors": errors(made(), wanted), "mib": peak_mib(made)}
+                    calls[name, form] = made
+                except Exception as error:  # prototypes and compilers: anything can go wrong
+                    rows.append(cell | {"what": name, "form": form, "skipped": one_line(error)})
+        for row in speed_rows(interleaved(calls, plan.budget), **cell):
+            name, form = row["what"]
+            rows.append(row | {"what": name, "form": form} | facts.get((name, form), {}))
+    return rows
+
+
+def compile_way(function: Way, plan: Plan) -> Way:
+    return torch.compile(function, dynamic=False, backend=plan.backend)
+
+
+def methods(plan: Plan, device: str, record: Record) -> None:
+    record.add("limits", limits(plan, device))
+    allow_tf32(False)
+    for compiled in (False, True):  # what takes the compiler's time comes last
+        for shape in plan.shapes:
+            record.add("rows", method_rows(shape, compiled, plan, device))
+            print(f"methods: {shape}{', compiled' if compiled else ''}", flush=True)
+
+
+# --- step 3: Fig. 4 of the paper -------------------------------------------------------------------------------------
+
+LAYERS = ("QRNN, scan", "QRNN, blocked", "LSTM")
+
+
+def layer(name: str, width: int, device: str) -> nn.Module:
+    torch.manual_seed(0)
+    if name == "LSTM":
+        return nn.LSTM(width, width, batch_first=True, device=device)
+    return QRNNLayer(width, width, 2, "fo", activation="tanh", method=name.removeprefix("QRNN, "), device=device)
+
+
+def layer_call(module: nn.Module, x: Tensor, training: bool) -> Call:
+    """Return a call that gives the output or, in training, the gradients of the parameters."""
+    if not training:
+        return torch.no_grad()(lambda: module(x)[0])
+    parameters, weights = list(module.parameters()), torch.linspace(-1, 1, x.numel(), device=x.device).view_as(x)
+    return lambda: torch.autograd.grad(module(x)[0], parameters, weights)
+
+
+def part_of(training: bool) -> str:
+    return "training" if training else "inference"
+
+
+def grid_rows(length: int, training: bool, tf32: bool, compiled: bool, plan: Plan, device: str) -> Iterable[Row]:
+    """Compare the layers at all batch sizes of a length."""
+    allow_tf32(tf32)
+    torch.compiler.reset()
+    layers = {name: layer(name, plan.width, device).train(training) for name in LAYERS}
+    if compiled:
+        layers |= {
+            name: torch.compile(module, backend=plan.backend) for name, module in layers.items() if name != "LSTM"
+        }
+    for batch in plan.batches:
+        x = torch.randn(batch, length, plan.width, device=device)
+        if compiled:
+            torch._dynamo.mark_dynamic(x, 0)  # one compilation for all batch sizes
+        cell = {"B": batch, "T": length, "H": plan.width, "part": part_of(training), "tf32": tf32}
+        calls = {}
+        for name, module in layers.items():
+            call = layer_call(module, x, training)
+            for form, make in forms_of(call, compiled and name != "LSTM", device).items():
+                try:
+                    made = make()
+                    made()
+                    calls[name, form] = made
+                except Exception as error:  # compilers: anything can go wrong
+                    yield cell | {"what": name, "form": form, "skipped": one_line(error)}
+        for row in speed_rows(interleaved(calls, plan.budget), **cell):
+            name, form = row["what"]
+            yield row | {"what": name, "form": form}
+
+
+def fig4(plan: Plan, device: str, record: Record) -> None:
+    for compiled in (False, True):
+        for tf32 in (True, False):
+            for length in plan.lengths:
+                for training in (False, True):
+                    for row in grid_rows(length, training, tf32, compiled, plan, device):
+                        record.add("rows", [row])
+                print(f"fig4: T = {length}, TF32 {tf32}{', compiled' if compiled else ''}", flush=True)
+
+
+# --- step 1: the tests, while other cores fill the compiler's cache --------------------------------------------------
+
+
+def tests(plan: Plan, device: str, record: Record) -> None:
+    """Run tests/library/test_cuda.py; a failure stops nothing."""
+    try:
+        import pytest
+    except ModuleNotFoundError:
+        record.add("rows", [{"what": TESTS.name, "skipped": "pytest is not installed"}])
+        return
+
+    class Recorder:
+        def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+            if report.when == "call" or not report.passed:
+                text = {} if report.passed else {"text": str(report.longrepr)[-2000:]}
+                test = report.nodeid.partition("::")[2]
+                record.add("rows", [{"test": test, "outcome": report.outcome, "seconds": report.duration} | text])
+
+    # Warnings do not fail here: PyTorch has some of its own for each GPU.
+    pytest.main([str(TESTS), "-p", "no:cacheprovider", "-W", "default", "--tb=short"], plugins=[Recorder()])
+
+
+def compile_method(plan: Plan, device: str, shape: Shape, name: str) -> None:
+    """Compile a way to pool, both parts, which leaves the result in the compiler's cache."""
+    allow_tf32(False)
+    for backward in (False, True):
+        torch.compiler.reset()
+        pooling_call(compile_way(WAYS[name], plan), problem_of(shape, device), backward)()
+
+
+def compile_layers(plan: Plan, device: str, length: int, training: bool) -> None:
+    for tf32 in (True, False):
+        for row in grid_rows(length, training, tf32, True, plan, device):
+            if "skipped" in row:
+                raise RuntimeError(row["skipped"])
+
+
+def compiled_row(task: tuple[str, Callable[[], None]]) -> Row:
+    """Compile in a process of its own, and say how long that took."""
+    name, work = task
+    started = time.perf_counter()
+    try:
+        work()
+    except Exception as error:  # compilers: anything can go wrong
+        return {"what": name, "skipped": one_line(error)}
+    return {"what": name, "seconds": time.perf_counter() - started}
+
+
+def compile(plan: Plan, device: str, record: Record) -> None:
+    """Fill the compiler's cache by many processes at once: one alone would take minutes."""
+    tasks: list[tuple[str, Callable[[], None]]] = [
+        (f"{name} {shape}", partial(compile_method, plan, device, shape, name))
+        for shape in plan.shapes
+        for name in WAYS
+        if too_long(name, shape[1], True, plan) is None
+    ]
+    small = replace(plan, batches=plan.batches[:1], budget=0.0)  # the batch size is dynamic
+    tasks += [
+        (f"layers, T = {length}, {part_of(training)}", partial(compile_layers, small, device, length, training))
+        for length, training in product(plan.lengths, (False, True))
+    ]
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
+    with multiprocessing.get_context("spawn").Pool(max(1, (os.cpu_count() or 1) - 4)) as pool:
+        for row in pool.imap_unordered(compiled_row, tasks):
+            record.add("rows", [row])
+
+
+# --- steps 4 and 5: language models ----------------------------------------------------------------------------------
+
+
+def train(runs: dict[str, list[str]], data: Path, seconds: float, device: str, record: Record) -> None:
+    """Run experiment.py with each of these flags, all at once, and stop what is not done after `seconds`.
+
+    A run that is stopped is tested at its best epoch so far; its row says at which epoch it was stopped.
+    """
+    with TemporaryDirectory() as folder, ExitStack() as held:
+        started, begun = {}, time.perf_counter()
+        for name, flags in runs.items():
+            command = [sys.executable, str(ROOT / "experiment.py"), *flags, "--name", name, "--device", device]
+            log = held.enter_context((Path(folder) / f"{name}.txt").open("w"))
+            started[name] = subprocess.Popen(
+                [*command, "--data", str(data.resolve())], cwd=folder, stdout=log, stderr=subprocess.STDOUT
+            )
+        for process in started.values():
+            try:
+                process.wait(max(0.0, seconds - (time.perf_counter() - begun)))
+            except subprocess.TimeoutExpired:
+                process.send_signal(signal.SIGINT)  # it evaluates, reports and ends
+        for name, process in started.items():
+            process.wait()
+            row = {"run": name, "flags": runs[name], "beside": [other for other in runs if other != name]}
+            try:
+                row["result"] = outcome(Path(folder) / "runs" / name, data, device)
+            except Exception as error:  # whatever went wrong, the other runs count
+                log = (Path(folder) / f"{name}.txt").read_text()
+                row |= {"skipped": one_line(error), "exit_code": process.returncode, "log": log[-2000:]}
+            record.add("rows", [row])
+            print(f"{name}: {row.get('skipped') or row['result']['test_perplexity']}", flush=True)
+
+
+def outcome(path: Path, data: Path, device: str) -> Row:
+    """What the run of one model came to. One that was stopped has not read the test split: it does so here."""
+    from experiment import LanguageModelling
+    from lab.presets import Config
+    from lab.run import load_best, recorded
+    from lab.run_folder import RunFolder
+
+    result = json.loads((path / "results.json").read_text())["models"][0]
+    if result["test_perplexity"] is not None:
+        return result
+    run = RunFolder(path)
+    record = run.record("experiment")
+    task = LanguageModelling(recorded(Config(data=data), record))
+    model = task.build(result["model"]).to(device)
+    epoch, loss = load_best(run.model(result["model"], record), model)
+    return result | {"best_epoch": epoch} | task.judge(model, loss, test=True)
+
+
+def flags(preset: str, model: str, *more: str) -> list[str]:
+    """Of a run of experiment.py; METHOD names the way to pool, if it is not to be "auto"."""
+    method = os.environ.get("METHOD", "auto")
+    return ["--preset", preset, "--models", model, "--method", method, *more]
+
+
+def bradbury(data: Path, seconds: float, device: str, record: Record, *more: str) -> None:
+    """The paper's language model on the Penn Treebank, both models at once."""
+    runs = {model: flags("bradbury", model, *more) for model in ("qrnn", "lstm")}
+    train(runs, data, seconds, device, record)
+
+
+def more(data: Path, seconds: float, device: str, record: Record, *more: str) -> None:
+    """Speed of training steps, float32 and bf16; then WikiText-2: small, the same in bf16, and girrbach."""
+    from benchmarks.__main__ import PLAN, experiment
+
+    record.add("speed", experiment(PLAN, device, 1.0))
+    settings = {"small": ("small",), "small-bf16": ("small", "--amp", "bf16"), "girrbach": ("girrbach",)}
+    runs = {f"{name}-{model}": (setting, model) for name, setting in settings.items() for model in ("qrnn", "lstm")}
+    runs = {name: flags(preset, model, *rest, *more) for name, ((preset, *rest), model) in runs.items()}
+    train(runs, data, seconds, device, record)
+
+
+# --- the count on paper ----------------------------------------------------------------------------------------------
+
+
+class Count(TorchDispatchMode):
+    """Count the kernels that calls launch, and the bytes that these read and write: one kernel an operation.
+
+    Views cost nothing. An argument is read once and a result written once; what is repeated without a copy counts once.
+    """
+
+    FILLS = ("aten::copy_", "aten::fill_", "aten::zero_")  # do not read what they fill
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.launches = self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        name = func._schema.name
+        if not func.is_view and "empty" not in name:
+            read = args[1:] if name in self.FILLS else args
+            self.launches += 1
+            self.bytes += sum(map(stored_bytes, tree_leaves((read, kwargs, result))))
+        return result
+
+
+def stored_bytes(array: object) -> int:
+    """Bytes of an array in memory, 0 for anything else."""
+    if not isinstance(array, Tensor):
+        return 0
+    sizes = (size for size, stride in zip(array.shape, array.stride(), strict=True) if stride)
+    return math.prod(sizes) * array.element_size()
+
+
+def count(shape: Shape, name: str, backward: bool) -> tuple[int, float]:
+    """Return how many kernels a way to pool launches, and how many bytes they move a number of h."""
+    call = pooling_call(WAYS[name], problem_of(shape, "cpu"), backward)
+    with Count() as counted:
+        call()
+    return counted.launches, counted.bytes / math.prod(shape)
+
+
+# --- the command line ------------------------------------------------------------------------------------------------
+
+MEASURED = {step.__name__: step for step in (compile, tests, methods, fig4)}
+TRAINED = {step.__name__: step for step in (bradbury, more)}
+
+
+def main(arguments: Sequence[str], plan: Plan = PLAN) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("step", choices=(*MEASURED, *TRAINED))
+    parser.add_argument("folder", type=Path, help="where STEP.json is written")
+    parser.add_argument("--device", default="cuda", choices=("cpu", "cuda"))
+    parser.add_argument("--data", type=Path, default=Path("data"), help="folder that holds ptb/ and wikitext-2/ (data)")
+    parser.add_argument("--seconds", type=float, default=60.0, help="after which trainings are stopped (60)")
+    parser.add_argument("flags", nargs="*", help="of experiment.py, after --")
+    options = parser.parse_args(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: this machine has none that PyTorch can use; take cpu")
+    if options.step in TRAINED and not options.data.is_dir():
+        print(f"{options.step}: skipped, there is no folder {options.data}")
+        return 0
+    options.folder.mkdir(parents=True, exist_ok=True)
+    record = Record(options.folder / f"{options.step}.json", options.device)
+    if options.step in MEASURED:
+        MEASURED[options.step](plan, options.device, record)
+    else:
+        TRAINED[options.step](options.data, options.seconds, options.device, record, *options.flags)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

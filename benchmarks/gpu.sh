@@ -1,0 +1,63 @@
+#!/usr/bin/env bash
+# Everything that waits for a GPU, in one command, without a network:
+#
+#     COMMIT=$(git rev-parse HEAD) benchmarks/gpu.sh OUT [DATA [STEP...]]
+#
+# OUT   gets a JSON file for each step, written anew after every comparison, and log.txt: seven files.
+# DATA  holds ptb/ and wikitext-2/ (default: data). Without it the steps 4 and 5 are skipped.
+# STEP  of 1 2 3 4 5 (default: all). Where a command may run ten minutes only: "1 2 3", then "4 5".
+#
+#   1  at most  75 s  tests/library/test_cuda.py; beside it, the other cores fill the compiler's cache
+#   2          120 s  which way to pool should be "auto": time, memory and error of each, eager, compiled, as a graph
+#   3          180 s  Fig. 4 of the paper: 30 cells, inference and training, over cuDNN's LSTM; TF32 on, then off
+#   4          330 s  `bradbury` on the Penn Treebank, both models at once
+#   5          150 s  speed of training steps; `small`, `small` in bf16 and `girrbach` on WikiText-2 as far as they come
+#
+# That is 14 minutes and 15 seconds. A step that fails or takes too long stops no other. Variables:
+#   PYTHON  the interpreter (python3)
+#   METHOD  of pooling in the steps 4 and 5 (auto): the fastest one, once step 2 has told it
+#   COMMIT  for the record, where this is a copy of the project without its history
+#
+# Packages: the steps 1 to 3 need PyTorch (2.6 or later; written for 2.11 on Python 3.12 and newer), step 1 also pytest.
+# The steps 4 and 5 need accelerate, filelock, matplotlib, safetensors, tokenizers, tqdm, tyro, with what tyro needs
+# (docstring_parser, typeguard, typing_extensions), and step 5 pandas with tabulate. What is missing goes along as
+# wheels: `pip download` them, for that Python, where there is a network, `pip install --target` here, and set
+# PYTHONPATH. All but matplotlib, pandas, safetensors and tokenizers are pure Python.
+set -u
+
+if [ $# -eq 0 ]; then
+    echo "usage: benchmarks/gpu.sh OUT [DATA [STEP...]]" >&2
+    exit 2
+fi
+mkdir -p "$1" || exit 2
+out=$(cd "$1" && pwd)
+data=$(realpath -m "${2:-data}")
+shift $(($# < 2 ? $# : 2))
+steps=${*:-1 2 3 4 5}
+device=${DEVICE:-cuda}
+cd "$(dirname "$0")/.." || exit 2
+export PYTHONUNBUFFERED=1 OMP_NUM_THREADS=2
+
+# Usage: step SECONDS NAME [ARGUMENT...]
+step() {
+    local limit=$1 name=$2 started=$SECONDS code
+    shift 2
+    timeout --kill-after=10 "$limit" "${PYTHON:-python3}" -m benchmarks.gpu "$name" "$out" --device "$device" "$@"
+    code=$?
+    echo "== $name: $((SECONDS - started)) s, exit code $code"
+}
+
+for number in $steps; do
+    case $number in
+    1)
+        step 75 compile &
+        step 75 tests
+        wait $!
+        ;;
+    2) step 120 methods ;;
+    3) step 180 fig4 ;;
+    4) step 330 bradbury --data "$data" --seconds 285 ;;
+    5) step 150 more --data "$data" --seconds 90 ;;
+    *) echo "no step $number: 1 to 5 expected" >&2 ;;
+    esac
+done 2>&1 | tee -a "$out/log.txt"

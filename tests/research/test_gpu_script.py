@@ -1,0 +1,213 @@
+"""benchmarks/gpu.sh and its steps, on a CPU and on sizes that take no time: so that they run once there is a GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import gpu
+from benchmarks.gpu import METHODS, SOLVERS, WAYS, Plan, Record, main
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "benchmarks" / "gpu.sh"
+POINTWISE = "torch.associative_scan, pointwise"  # on CUDA alone
+TINY = Plan(
+    shapes=((2, 16, 3),),
+    longest_compiled_loop=8,
+    width=4,
+    batches=(2, 3),
+    lengths=(4,),
+    copy_size=8,
+    matrix_size=8,
+    launches=2,
+    budget=0.0,
+    backend="eager",  # traces as the compiler does, and generates no code
+)
+DEMO = "--corpus synthetic --vocabulary none --protocol sentence --epochs 1 --embedding 4 --hidden 4 --batch-size 256"
+
+
+def rows(folder: Path, step: str, table: str = "rows", *flags: str) -> list[dict]:
+    """Run a step, and return what it wrote."""
+    tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    try:
+        assert main([step, str(folder), "--device", "cpu", *flags], TINY) == 0
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32
+        torch.compiler.reset()
+    content = json.loads((folder / f"{step}.json").read_text())
+    assert {"command", "commit", "machine", "versions", "seed"} <= set(content["provenance"])
+    return content[table]
+
+
+# --- the steps -------------------------------------------------------------------------------------------------------
+
+
+def test_a_failed_test_stops_no_other(tmp_path, monkeypatch):
+    tests = "import pytest\ndef test_a(): assert 0, 'why'\ndef test_b(): pass\ndef test_c(): pytest.skip('no')\n"
+    (tmp_path / "test_three.py").write_text(tests)
+    monkeypatch.setattr(gpu, "TESTS", tmp_path / "test_three.py")
+    found = rows(tmp_path, "tests")
+    assert [(row["test"], row["outcome"]) for row in found] == [
+        ("test_a", "failed"),
+        ("test_b", "passed"),
+        ("test_c", "skipped"),
+    ]
+    assert "why" in found[0]["text"] and found[0]["seconds"] >= 0
+
+
+def test_every_method_is_measured_and_right_or_says_why_not(tmp_path):
+    found = rows(tmp_path, "methods")
+    assert {row["part"] for row in found} == {"forward", "forward + backward"}
+    for part in ("forward", "forward + backward"):
+        measured = {(row["what"], row["form"]) for row in found if row["part"] == part and "skipped" not in row}
+        skipped = {row["what"]: row["skipped"] for row in found if row["part"] == part and "skipped" in row}
+        names = {*METHODS, *SOLVERS} - {POINTWISE}
+        compiled = {(name, "compiled") for name in names - {"loop"}}
+        assert measured == {("copy", "eager"), *((name, "eager") for name in names), *compiled}
+        assert set(skipped) == {"loop", POINTWISE}
+        assert skipped["loop"] == "slow: not tried beyond T = 8"
+    for row in found:
+        if "errors" in row:
+            assert len(row["errors"]) == (1 if row["part"] == "forward" else 3)
+            assert max(row["errors"]) < 1e-5, row
+            assert 0 < row["ms_q1"] <= row["ms"] <= row["ms_q3"]
+    limits = json.loads((tmp_path / "methods.json").read_text())["limits"]
+    assert {"gb_per_s", "us_a_launch", "tflop_per_s"} < {key for row in limits for key in row}
+
+
+def test_a_way_that_is_wrong_is_seen(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "WAYS", {"wrong": lambda log_f, x, h0: x + h0.unsqueeze(1) * log_f})
+    errors = [row["errors"] for row in rows(tmp_path, "methods") if row["what"] == "wrong"]
+    assert errors and all(max(found) > 0.1 for found in errors)
+
+
+def test_every_cell_of_the_grid_is_compared_with_tf32_and_without(tmp_path):
+    found = rows(tmp_path, "fig4")
+    assert not [row for row in found if "skipped" in row]
+    cells = {(row["B"], row["part"], row["tf32"], row["what"], row["form"]) for row in found}
+    layers = {"QRNN, scan", "QRNN, blocked", "LSTM"}
+    assert {cell[3:] for cell in cells} == {
+        *((name, "eager") for name in layers),
+        *((name, "compiled") for name in layers - {"LSTM"}),
+    }
+    # the LSTM stands beside the compiled ones once more
+    assert len(cells) == 2 * 2 * 2 * 5 and len(found) == 2 * 2 * 2 * 6
+
+
+def test_the_whole_plan_is_what_was_to_be_measured():
+    plan = gpu.PLAN
+    assert plan.shapes == ((32, 512, 640), (8, 512, 320), (128, 32, 320), (1, 65_536, 64))
+    assert len(plan.batches) * len(plan.lengths) == 30 and plan.width == 320
+
+
+def test_compiling_ahead_says_what_failed(monkeypatch):
+    assert "seconds" in gpu.compiled_row(("a way", lambda: gpu.compile_method(TINY, "cpu", (2, 16, 3), "scan")))
+    assert gpu.compiled_row(("nothing", lambda: 1 / 0)) == {
+        "what": "nothing",
+        "skipped": "ZeroDivisionError: division by zero",
+    }
+
+
+def test_models_are_trained_at_once_and_tested_where_they_were_stopped(tmp_path):
+    """A second is too little for anything but the start; the run of one epoch ends by itself."""
+    found = rows(tmp_path, "bradbury", "rows", "--data", str(tmp_path), "--seconds", "300", "--", *DEMO.split())
+    assert [row["run"] for row in found] == ["qrnn", "lstm"]
+    for row in found:
+        assert row["beside"] == [other["run"] for other in found if other is not row]
+        assert row["result"]["test_perplexity"] > 1 and row["result"]["epochs"], row
+        assert str(tmp_path) not in json.dumps(row)
+
+
+def test_without_data_the_training_is_skipped_with_a_line(tmp_path, capsys):
+    assert main(["bradbury", str(tmp_path), "--device", "cpu", "--data", str(tmp_path / "none")]) == 0
+    assert capsys.readouterr().out == f"bradbury: skipped, there is no folder {tmp_path / 'none'}\n"
+    assert not (tmp_path / "bradbury.json").exists()
+
+
+def test_the_commit_can_be_told(tmp_path, monkeypatch):
+    monkeypatch.setenv("COMMIT", "0123")
+    Record(tmp_path / "a.json", "cpu")
+    assert json.loads((tmp_path / "a.json").read_text())["provenance"]["commit"] == "0123"
+
+
+# --- the count on paper, as benchmarks/gpu.md has it -----------------------------------------------------------------
+
+FORWARD = {  # method -> kernels and bytes a number, of T steps, for T a power of 2 and at least 64
+    "loop": (lambda length: 2 * length + 2, 40),
+    "log": (lambda length: 10, 92),
+    "closed form, float64, whole": (lambda length: 13, 220),
+    "scan": (lambda length: 5 * length.bit_length() - 3, 68),
+}
+
+
+@pytest.mark.parametrize("length", (64, 512))
+@pytest.mark.parametrize("name", FORWARD)
+def test_the_count_on_paper_is_what_is_dispatched(name, length):
+    kernels, traffic = FORWARD[name]
+    counted, moved = gpu.count((4, length, 8), name, backward=False)
+    assert counted == kernels(length)
+    assert moved == pytest.approx(traffic, rel=0.05)
+
+
+def test_the_page_has_what_is_counted():
+    text = (ROOT / "benchmarks" / "gpu.md").read_text()
+    for name in WAYS:
+        if name != POINTWISE:
+            counts = [gpu.count((2, 512, 8), name, backward) for backward in (False, True)]
+            cells = " | ".join(f"{kernels:,} | {traffic:.0f}" for kernels, traffic in counts)
+            assert f"| {name} | {cells} |" in text
+
+
+# --- the script ------------------------------------------------------------------------------------------------------
+
+
+def test_the_script_is_free_of_slips():
+    subprocess.run(["bash", "-n", str(SCRIPT)], check=True)
+    if shutil.which("shellcheck"):
+        subprocess.run(["shellcheck", str(SCRIPT)], check=True)
+
+
+def test_the_script_goes_on_after_a_failed_step_and_logs(tmp_path):
+    """The interpreter is one that fails, and prints what it was asked for."""
+    fake = tmp_path / "python"
+    fake.write_text('#!/bin/sh\necho "asked: $*"\nexit 3\n')
+    fake.chmod(0o755)
+    done = subprocess.run(
+        [str(SCRIPT), str(tmp_path / "out"), "data"], env={**os.environ, "PYTHON": str(fake)}, cwd=tmp_path, check=True
+    )
+    log = (tmp_path / "out" / "log.txt").read_text()
+    asked = [line.split()[3] for line in log.splitlines() if line.startswith("asked: ")]
+    assert done.returncode == 0
+    assert sorted(asked[:2]) == ["compile", "tests"] and asked[2:] == ["methods", "fig4", "bradbury", "more"]
+    assert log.count("exit code 3") == 6 and f"--data {tmp_path / 'data'}" in log
+
+
+def test_the_limits_of_the_steps_are_under_a_quarter_of_an_hour():
+    words = [line.split() for line in SCRIPT.read_text().splitlines()]
+    limits = {
+        line[i + 2]: int(line[i + 1])
+        for line in words
+        for i, word in enumerate(line)
+        if word == "step" and line[i + 1 : i + 2] and line[i + 1].isdigit()
+    }
+    assert set(limits) == {*gpu.MEASURED, *gpu.TRAINED}
+    assert sum(limits.values()) - limits["compile"] < 15 * 60  # it runs beside the tests
+
+
+def test_steps_without_a_network_need_pytorch_alone():
+    """Of what is no part of Python or of this project, PyTorch and what it brings are imported, and nothing else."""
+    code = (
+        "import sys, torch, torch._dynamo, torch.utils.benchmark, torch.profiler; before = set(sys.modules)\n"
+        "import benchmarks.gpu\n"
+        "new = {name.partition('.')[0] for name in set(sys.modules) - before} - set(sys.stdlib_module_names)\n"
+        "print(*sorted(new - {'torch', 'benchmarks', 'lab', 'qrnn', 'qrnn_layer'}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
