@@ -250,7 +250,7 @@ def method_rows(shape: Shape, compiled: bool, plan: Plan, device: str) -> list[R
     problem, rows = problem_of(shape, device), []
     target = torch.empty_like(problem[0])
     for backward, part in ((False, "forward"), (True, "forward + backward")):
-        wanted = pooling_call(WAYS["scan"], tuple(array.double() for array in problem), backward)()
+        wanted = pooling_call(way("scan"), tuple(array.double() for array in problem), backward)()
         cell = dict(zip("BTH", shape, strict=True)) | {"part": part}
         torch.compiler.reset()
         calls, facts = {("copy", "eager"): lambda: target.copy_(problem[0])}, {}
@@ -467,26 +467,26 @@ def outcome(path: Path, data: Path, device: str) -> Row:
     return result | {"best_epoch": epoch} | task.judge(model, loss, test=True)
 
 
-def flags(preset: str, model: str, *more: str) -> list[str]:
+def flags(preset: str, model: str, *others: str) -> list[str]:
     """Of a run of experiment.py; METHOD names the way to pool, if it is not to be "auto"."""
     method = os.environ.get("METHOD", "auto")
-    return ["--preset", preset, "--models", model, "--method", method, *more]
+    return ["--preset", preset, "--models", model, "--method", method, *others]
 
 
-def bradbury(data: Path, seconds: float, device: str, record: Record, *more: str) -> None:
+def bradbury(data: Path, seconds: float, device: str, record: Record) -> None:
     """The paper's language model on the Penn Treebank, both models at once."""
-    runs = {model: flags("bradbury", model, *more) for model in ("qrnn", "lstm")}
+    runs = {model: flags("bradbury", model) for model in ("qrnn", "lstm")}
     train(runs, data, seconds, device, record)
 
 
-def more(data: Path, seconds: float, device: str, record: Record, *more: str) -> None:
+def more(data: Path, seconds: float, device: str, record: Record) -> None:
     """Speed of training steps, float32 and bf16; then WikiText-2: small, the same in bf16, and girrbach."""
     from benchmarks.__main__ import PLAN, experiment
 
     record.add("speed", experiment(PLAN, device, 1.0))
     settings = {"small": ("small",), "small-bf16": ("small", "--amp", "bf16"), "girrbach": ("girrbach",)}
     runs = {f"{name}-{model}": (setting, model) for name, setting in settings.items() for model in ("qrnn", "lstm")}
-    runs = {name: flags(preset, model, *rest, *more) for name, ((preset, *rest), model) in runs.items()}
+    runs = {name: flags(preset, model, *others) for name, ((preset, *others), model) in runs.items()}
     train(runs, data, seconds, device, record)
 
 
@@ -544,7 +544,6 @@ def main(arguments: Sequence[str], plan: Plan = PLAN) -> int:
     parser.add_argument("--device", default="cuda", choices=("cpu", "cuda"))
     parser.add_argument("--data", type=Path, default=Path("data"), help="folder that holds ptb/ and wikitext-2/ (data)")
     parser.add_argument("--seconds", type=float, default=60.0, help="after which trainings are stopped (60)")
-    parser.add_argument("flags", nargs="*", help="of experiment.py, after --")
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: this machine has none that PyTorch can use; take cpu")
@@ -556,7 +555,7 @@ def main(arguments: Sequence[str], plan: Plan = PLAN) -> int:
     if options.step in MEASURED:
         MEASURED[options.step](plan, options.device, record)
     else:
-        TRAINED[options.step](options.data, options.seconds, options.device, record, *options.flags)
+        TRAINED[options.step](options.data, options.seconds, options.device, record)
     return 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -30,10 +31,9 @@ TINY = Plan(
     budget=0.0,
     backend="eager",  # traces as the compiler does, and generates no code
 )
-DEMO = "--corpus synthetic --vocabulary none --protocol sentence --epochs 1 --embedding 4 --hidden 4 --batch-size 256"
 
 
-def rows(folder: Path, step: str, table: str = "rows", *flags: str) -> list[dict]:
+def rows(folder: Path, step: str, *flags: str) -> list[dict]:
     """Run a step, and return what it wrote."""
     tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     try:
@@ -43,7 +43,7 @@ def rows(folder: Path, step: str, table: str = "rows", *flags: str) -> list[dict
         torch.compiler.reset()
     content = json.loads((folder / f"{step}.json").read_text())
     assert {"command", "commit", "machine", "versions", "seed"} <= set(content["provenance"])
-    return content[table]
+    return content["rows"]
 
 
 # --- the steps -------------------------------------------------------------------------------------------------------
@@ -62,22 +62,27 @@ def test_a_failed_test_stops_no_other(tmp_path, monkeypatch):
     assert "why" in found[0]["text"] and found[0]["seconds"] >= 0
 
 
-def test_every_method_is_measured_and_right_or_says_why_not(tmp_path):
-    found = rows(tmp_path, "methods")
-    assert {row["part"] for row in found} == {"forward", "forward + backward"}
-    for part in ("forward", "forward + backward"):
-        measured = {(row["what"], row["form"]) for row in found if row["part"] == part and "skipped" not in row}
-        skipped = {row["what"]: row["skipped"] for row in found if row["part"] == part and "skipped" in row}
-        names = {*METHODS, *SOLVERS} - {POINTWISE}
-        compiled = {(name, "compiled") for name in names - {"loop"}}
-        assert measured == {("copy", "eager"), *((name, "eager") for name in names), *compiled}
-        assert set(skipped) == {"loop", POINTWISE}
-        assert skipped["loop"] == "slow: not tried beyond T = 8"
+def test_every_method_is_measured_and_right_or_says_why_not():
+    found = gpu.method_rows((2, 16, 3), False, TINY, "cpu")
+    assert {row["what"] for row in found} == {"copy", *METHODS, *SOLVERS}
+    assert {(row["what"], "skipped" in row) for row in found} == {
+        (name, name == POINTWISE) for name in ("copy", *METHODS, *SOLVERS)
+    }
     for row in found:
         if "errors" in row:
-            assert len(row["errors"]) == (1 if row["part"] == "forward" else 3)
+            assert len(row["errors"]) == {"forward": 1, "forward + backward": 3}[row["part"]]
             assert max(row["errors"]) < 1e-5, row
             assert 0 < row["ms_q1"] <= row["ms"] <= row["ms_q3"]
+
+
+def test_methods_are_measured_compiled_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "WAYS", {name: WAYS[name] for name in ("loop", "scan", POINTWISE)})
+    found = rows(tmp_path, "methods")
+    for part in ("forward", "forward + backward"):
+        forms = {(row["what"], row["form"]) for row in found if row["part"] == part and "skipped" not in row}
+        assert forms == {("copy", "eager"), ("loop", "eager"), ("scan", "eager"), ("scan", "compiled")}
+    reasons = {row["skipped"] for row in found if row["what"] == "loop" and "skipped" in row}
+    assert reasons == {"slow: not tried beyond T = 8"}
     limits = json.loads((tmp_path / "methods.json").read_text())["limits"]
     assert {"gb_per_s", "us_a_launch", "tflop_per_s"} < {key for row in limits for key in row}
 
@@ -115,14 +120,23 @@ def test_compiling_ahead_says_what_failed(monkeypatch):
     }
 
 
-def test_models_are_trained_at_once_and_tested_where_they_were_stopped(tmp_path):
-    """A second is too little for anything but the start; the run of one epoch ends by itself."""
-    found = rows(tmp_path, "bradbury", "rows", "--data", str(tmp_path), "--seconds", "300", "--", *DEMO.split())
-    assert [row["run"] for row in found] == ["qrnn", "lstm"]
-    for row in found:
-        assert row["beside"] == [other["run"] for other in found if other is not row]
+def test_models_are_trained_at_once_and_tested_where_they_did_not_come_to_it(tmp_path, monkeypatch):
+    for split in ("train", "valid", "test"):
+        (tmp_path / f"ptb.{split}.txt").write_text("the cat sat on the <unk> mat\n" * 40)
+    small = ["--preset", "bradbury", "--epochs", "1", "--embedding", "4", "--hidden", "4", "--batch-size", "2"]
+    late = {"qrnn": ["--no-test"], "lstm": []}  # as a run that was stopped, it has not read the test split
+    monkeypatch.setattr(gpu, "flags", lambda preset, model: [*small, "--models", model, *late[model]])
+    found = {row["run"]: row for row in rows(tmp_path, "bradbury", "--data", str(tmp_path), "--seconds", "300")}
+    assert {name: row["beside"] for name, row in found.items()} == {"qrnn": ["lstm"], "lstm": ["qrnn"]}
+    for row in found.values():
         assert row["result"]["test_perplexity"] > 1 and row["result"]["epochs"], row
-        assert str(tmp_path) not in json.dumps(row)
+    assert str(tmp_path) not in json.dumps(found)
+
+
+def test_a_run_that_is_stopped_before_its_first_epoch_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "flags", lambda preset, model: ["--preset", "demo", "--models", model])
+    for row in rows(tmp_path, "bradbury", "--data", str(tmp_path), "--seconds", "0"):
+        assert row["skipped"] and row["exit_code"] != 0
 
 
 def test_without_data_the_training_is_skipped_with_a_line(tmp_path, capsys):
@@ -153,7 +167,8 @@ def test_the_count_on_paper_is_what_is_dispatched(name, length):
     kernels, traffic = FORWARD[name]
     counted, moved = gpu.count((4, length, 8), name, backward=False)
     assert counted == kernels(length)
-    assert moved == pytest.approx(traffic, rel=0.05)
+    edges = 60 * length.bit_length() / length  # of each level of a scan; and h0
+    assert moved == pytest.approx(traffic, abs=edges)
 
 
 def test_the_page_has_what_is_counted():
@@ -190,13 +205,7 @@ def test_the_script_goes_on_after_a_failed_step_and_logs(tmp_path):
 
 
 def test_the_limits_of_the_steps_are_under_a_quarter_of_an_hour():
-    words = [line.split() for line in SCRIPT.read_text().splitlines()]
-    limits = {
-        line[i + 2]: int(line[i + 1])
-        for line in words
-        for i, word in enumerate(line)
-        if word == "step" and line[i + 1 : i + 2] and line[i + 1].isdigit()
-    }
+    limits = {name: int(limit) for limit, name in re.findall(r"^ [^#\n]*\bstep (\d+) (\w+)", SCRIPT.read_text(), re.M)}
     assert set(limits) == {*gpu.MEASURED, *gpu.TRAINED}
     assert sum(limits.values()) - limits["compile"] < 15 * 60  # it runs beside the tests
 
