@@ -29,6 +29,7 @@ TINY = Plan(
     matrix_size=8,
     launches=2,
     budget=0.0,
+    cell_budget=0.0,
     backend="eager",  # traces as the compiler does, and generates no code
 )
 
