@@ -125,7 +125,7 @@ class Plan:
     step_grid: Grid = STEP_GRID
     kept_grid: Grid = KEPT_GRID
     paper_grid: Grid = PAPER_GRID
-    longest_gru: int = 4096  # B T: on a CPU it is slower than all others
+    largest_gru: int = 4096 * 320  # B T H: on a CPU it is the slowest of all
     presets: tuple[Config, ...] = (PRESETS["girrbach"], PRESETS["small"])
     scaling_shapes: tuple[Shape, ...] = (
         *((65_536 // time, time, 64) for time in (32, 512, 16_384, 65_536)),
@@ -297,7 +297,7 @@ def grid_rows(name: str, grid: Grid, plan: Plan, device: str, budget: float) -> 
     for threads, width, (batch, time), part in progress(
         list(product(counts, grid.widths, grid.cells, grid.parts)), desc=name, unit="cell"
     ):
-        short = device == "cuda" or batch * time <= plan.longest_gru
+        short = device == "cuda" or batch * time * width <= plan.largest_gru
         names = [layer for layer in grid.layers if layer != "GRU" or short]
         torch.set_num_threads(threads)
         memory = grid.memory and threads == counts[0]

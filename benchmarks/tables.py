@@ -256,8 +256,8 @@ def roofline(benchmark: Benchmark) -> str:
 def profile(benchmark: Benchmark) -> str:
     """Where the time of a layer goes, and at what share of the machine's rate its matrix products run."""
     rows = benchmark.measured("profile")
-    shares = rows.pivot(index=["part", "H"], columns="what", values="share").fillna(0)[rows["what"].unique()]
-    lines = shares.map("{:.0%}".format)
+    shares = rows.pivot(index=["part", "H"], columns="what", values="share").fillna(0)
+    lines = shares.sort_values(shares.index[-1], axis="columns", ascending=False).map("{:.0%}".format)
     products = rows.dropna(subset="of_machine").set_index(["part", "H"])["of_machine"]
     lines["rate of the products, of the machine's"] = products.map("{:.0%}".format)
     lines.index = lines.index.map("{0[0]}, {0[1]} units".format)

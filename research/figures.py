@@ -140,7 +140,7 @@ def draw_speed(benchmark: Benchmark, path: Path) -> None:
     figure, axes = plt.subplots(len(parts), 1, figsize=(WIDTH, 6.6), sharex=True, sharey=True, layout="constrained")
     for axis, part in zip(axes, parts, strict=True):
         axis.axhline(1, color="grey")
-        for (cell, values), marker in zip(table.loc[part].items(), "osD^v", strict=True):
+        for (cell, values), marker in zip(table.loc[part].items(), "osD^v", strict=False):
             axis.plot(values.index, values, marker=marker, label="{} x {}".format(*cell))
         axis.set(ylabel="times as fast as nn.LSTM", ylim=(0, None))
         axis.set_title(part, fontsize=11)

@@ -56,7 +56,7 @@ TINY = Plan(
     step_grid=tiny(PLAN.step_grid, (1, 1)),
     kept_grid=tiny(PLAN.kept_grid, (1, 4)),
     paper_grid=tiny(PLAN.paper_grid, (8, 4), (16, 4))._replace(widths=(4,)),
-    longest_gru=4,
+    largest_gru=4 * 4,
     presets=tuple(
         replace(PRESETS[name], vocabulary=20, embedding=8, hidden=8, batch_size=2) for name in ("girrbach", "small")
     ),
@@ -155,8 +155,8 @@ def test_layers_are_compared_in_every_cell_with_each_number_of_threads(content, 
         cells.setdefault((row["threads"], row["H"], (row["B"], row["T"]), row["part"]), set()).add(row["what"])
         assert ("mib" in row) == (grid.memory and row["threads"] == 1 and row["what"] in ("QRNN", "LSTM"))
     assert set(cells) == set(product(TINY.threads, grid.widths, grid.cells, grid.parts))
-    for (_, _, (batch, time), _), names in cells.items():
-        assert names == {name for name in grid.layers if name != "GRU" or batch * time <= TINY.longest_gru}
+    for (_, width, (batch, time), _), names in cells.items():
+        assert names == {name for name in grid.layers if name != "GRU" or batch * time * width <= TINY.largest_gru}
 
 
 @pytest.mark.parametrize("name", ["QRNN", "QRNN, k = 1", "LSTM", "GRU", "stack of one QRNN layer"])
@@ -334,7 +334,7 @@ def test_rounds_have_a_limit():
 
 def test_median_and_quartiles():
     (row,) = speed_rows({"a": [0.005, 0.001, 0.002, 0.004, 0.003]}, part="forward")
-    assert row == {"part": "forward", "what": "a", "ms": 3.0, "ms_q1": 2.0, "ms_q3": 4.0, "rounds": 5}
+    assert row == {"part": "forward", "threads": 1, "what": "a", "ms": 3.0, "ms_q1": 2.0, "ms_q3": 4.0, "rounds": 5}
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="resident memory can be reset on Linux only")
