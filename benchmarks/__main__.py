@@ -97,14 +97,14 @@ WIDTHS = (64, 208, 320, 640)
 LAYER_GRID = Grid(
     WIDTHS,
     ((8, 32), (8, 512), (32, 128), (128, 32), (128, 128)),
-    (INFERENCE, STACKED),
+    (STACKED, INFERENCE),
     ("QRNN", "QRNN, k = 1", "LSTM", "GRU"),
     memory=True,
 )
 STEP_GRID = Grid(WIDTHS, ((1, 1), (32, 1)), (STEP,), ("QRNN", "QRNN, k = 1", "stack of one QRNN layer", "LSTM", "GRU"))
-KEPT_GRID = Grid((208, 320, 640), ((32, 128),), (INFERENCE, STACKED), ("QRNN", "LSTM"))
+KEPT_GRID = Grid((208, 320, 640), ((32, 128),), (STACKED, INFERENCE), ("QRNN", "LSTM"))
 FIGURE_4 = tuple(product((8, 16, 32, 64, 128, 256), (32, 64, 128, 256, 512)))
-PAPER_GRID = Grid((320,), FIGURE_4, (INFERENCE, STACKED), ("QRNN", "LSTM"))
+PAPER_GRID = Grid((320,), FIGURE_4, (STACKED, INFERENCE), ("QRNN", "LSTM"))
 
 
 @dataclass(frozen=True)
