@@ -104,7 +104,7 @@ LAYER_GRID = Grid(
 STEP_GRID = Grid(WIDTHS, ((1, 1), (32, 1)), (STEP,), ("QRNN", "QRNN, k = 1", "stack of one QRNN layer", "LSTM", "GRU"))
 KEPT_GRID = Grid((208, 320, 640), ((32, 128),), (STACKED, INFERENCE), ("QRNN", "LSTM"))
 FIGURE_4 = tuple(product((8, 16, 32, 64, 128, 256), (32, 64, 128, 256, 512)))
-PAPER_GRID = Grid((320,), FIGURE_4, (STACKED, INFERENCE), ("QRNN", "LSTM"))
+PAPER_GRID = Grid((320,), FIGURE_4, (INFERENCE, STACKED), ("QRNN", "LSTM"))
 
 
 @dataclass(frozen=True)
