@@ -1,7 +1,8 @@
 """How exact and how fast pooling and layers are: `python -m benchmarks` writes research/results/benchmark-DEVICE.json.
 
 Every time is the median of rounds in which the compared things take turns, so that a busy machine slows all of them
-alike; what to read are the ratios, not the milliseconds. benchmarks/tables.py makes tables of the file.
+alike; what to read are the ratios, not the milliseconds. Memory is handed out as the system does it by default, but in
+`layer_kept` and `experiment`, which keep what is freed. benchmarks/tables.py makes tables of the file.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -23,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from benchmarks.instruments import Row, Shape, interleaved, peak_mib, speed_rows, time_shares
+from benchmarks.instruments import Row, Shape, interleaved, peak_mib, speed_rows, time_by_kind
 from benchmarks.peers import (
     LOOPS,
     PEERS,
@@ -48,29 +50,61 @@ from lab.presets import PRESETS, Config
 from lab.provenance import keep_freed_memory, provenance
 from lab.settings import InputError
 from lab.training import Trainer
-from qrnn_layer import QRNNLayer, pool
+from qrnn import QRNN
+from qrnn.convolution import SHORT_FILTER_ROWS
+from qrnn.fast import FastQRNNLayer
+from qrnn_layer import QRNNState, pool
 
 ROOT = Path(__file__).parents[1]
 Problem = tuple[Tensor, Tensor]  # log_f and log_x, (B, T, H) both
+
+
+class TimeFirst(FastQRNNLayer):
+    """The layer of mode "fo" with tanh, called as nn.LSTM is: time first, also in memory."""
+
+    def __init__(self, width: int, kernel_size: int) -> None:
+        super().__init__(width, width, kernel_size, "fo", activation="tanh")
+
+    def forward(self, x: Tensor, state: QRNNState | None = None) -> tuple[Tensor, QRNNState]:
+        h, state = super().forward(x.transpose(0, 1), state)
+        return h.transpose(0, 1), state
+
+
 LAYERS: dict[str, Callable[[int], nn.Module]] = {
-    "QRNN": lambda width: QRNNLayer(width, width, 2, "fo"),
-    "LSTM": lambda width: nn.LSTM(width, width, batch_first=True),
-    "GRU": lambda width: nn.GRU(width, width, batch_first=True),
+    "QRNN": lambda width: TimeFirst(width, 2),
+    "QRNN, k = 1": lambda width: TimeFirst(width, 1),
+    "LSTM": lambda width: nn.LSTM(width, width),
+    "GRU": lambda width: nn.GRU(width, width),
+    "stack of one QRNN layer": lambda width: QRNN(width, width, first_kernel_size=2, activation="tanh"),
 }
-TRAINING, STACKED = "training", "training inside a stack"  # the second one also computes the gradient of the input
+INFERENCE, STACKED, STEP = "inference", "training inside a stack", "step by step"  # STACKED: with the input's gradient
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 progress = partial(tqdm, mininterval=0.5 if sys.stderr.isatty() else 60)
 SENTENCE = 25  # words, about the mean of WikiText-2
 
 
 class Grid(NamedTuple):
-    """Layers to compare: every batch size with every length."""
+    """Layers to compare, as wide as their input."""
 
-    width: int
-    batches: tuple[int, ...]
-    lengths: tuple[int, ...]
+    widths: tuple[int, ...]
+    cells: tuple[tuple[int, int], ...]  # B and T
     parts: tuple[str, ...]
-    memory: bool = False  # whether to measure that as well
+    layers: tuple[str, ...]
+    memory: bool = False  # whether to measure that as well, of the QRNN and the LSTM
+
+
+WIDTHS = (64, 208, 320, 640)
+LAYER_GRID = Grid(
+    WIDTHS,
+    ((8, 32), (8, 512), (32, 128), (128, 32), (128, 128)),
+    (STACKED, INFERENCE),
+    ("QRNN", "QRNN, k = 1", "LSTM", "GRU"),
+    memory=True,
+)
+STEP_GRID = Grid(WIDTHS, ((1, 1), (32, 1)), (STEP,), ("QRNN", "QRNN, k = 1", "stack of one QRNN layer", "LSTM", "GRU"))
+KEPT_GRID = Grid((208, 320, 640), ((32, 128),), (STACKED, INFERENCE), ("QRNN", "LSTM"))
+FIGURE_4 = tuple(product((8, 16, 32, 64, 128, 256), (32, 64, 128, 256, 512)))
+PAPER_GRID = Grid((320,), FIGURE_4, (INFERENCE, STACKED), ("QRNN", "LSTM"))
 
 
 @dataclass(frozen=True)
@@ -82,17 +116,16 @@ class Plan:
     pool_shapes: tuple[Shape, ...] = (
         *((65_536 // time, time, 64) for time in (32, 512, 16_384, 65_536)),
         (32, 128, 640),
-        (32, 512, 640),
     )
     longest_loop: int = 2048
-    compiled_shapes: tuple[Shape, ...] = ((32, 128, 640), (32, 512, 640))  # compiling takes minutes each
-    paper_grids: tuple[Grid, ...] = (  # Fig. 4
-        Grid(320, (8, 16, 32, 64, 128, 256), (32, 64, 128, 256, 512), ("inference", TRAINING)),
-    )
-    grids: tuple[Grid, ...] = (
-        Grid(640, (8, 32, 128), (32, 128, 512), ("inference", TRAINING), memory=True),
-        Grid(640, (8, 32), (32, 128, 512), (STACKED,)),
-    )
+    compiled_shapes: tuple[Shape, ...] = ((32, 128, 640),)  # compiling takes minutes each
+    pool_memory_shape: Shape = (32, 128, 640)  # where that of every way is measured
+    threads: tuple[int, ...] = (1, 2)  # of a CPU, for the grids
+    grid: Grid = LAYER_GRID
+    step_grid: Grid = STEP_GRID
+    kept_grid: Grid = KEPT_GRID
+    paper_grid: Grid = PAPER_GRID
+    largest_gru: int = 4096 * 320  # B T H: on a CPU it is the slowest of all
     presets: tuple[Config, ...] = (PRESETS["girrbach"], PRESETS["small"])
     scaling_shapes: tuple[Shape, ...] = (
         *((65_536 // time, time, 64) for time in (32, 512, 16_384, 65_536)),
@@ -100,7 +133,7 @@ class Plan:
     )
     roofline_shape: Shape = (32, 512, 640)
     matrix_size: int = 4096
-    profile_shape: Shape = (32, 128, 640)
+    profile_shapes: tuple[Shape, ...] = tuple((32, 128, width) for width in WIDTHS)
     processes: tuple[int, ...] = (1, 2, 1, 2)
     process_flags: str = "--preset small --corpus synthetic --vocabulary None --epochs 1 --models qrnn"
 
@@ -214,7 +247,8 @@ def pooling(plan: Plan, device: str, budget: float) -> list[Row]:
             calls = {name: call_way(way, problem, backward) for name, way in ways.items()}
             new = speed_rows(interleaved(calls, budget), **cell, part=part)
             for row in new:
-                if backward and row["what"] in (*WAYS, *PEERS):  # not the compiled ones
+                named = row["what"] in (*WAYS, *PEERS)  # the compiled ones are not
+                if backward and named and (row["what"] == "auto" or shape == plan.pool_memory_shape):
                     row["mib"] = peak_mib(pool_call, shape, row["what"], dtype, backward, device=device)
             rows += new
     return rows
@@ -224,64 +258,86 @@ def pooling(plan: Plan, device: str, budget: float) -> list[Row]:
 
 
 def layer_call(shape: Shape, name: str, part: str, device: str) -> Callable[[], object]:
-    """One layer as wide as its input, on random numbers."""
-    layer = LAYERS[name](shape[2]).to(device)
-    x = torch.randn(shape, device=device, requires_grad=part == STACKED)
-    if part == "inference":
+    """One layer as wide as its input, on random numbers; step by step it carries the state on."""
+    batch, time, width = shape
+    layer = LAYERS[name](width).to(device)
+    x = torch.randn(time, batch, width, device=device, requires_grad=part == STACKED)
+    if part == INFERENCE:
         return torch.no_grad()(partial(layer.eval(), x))
-    wanted, weights = [*layer.parameters(), *([x] if part == STACKED else [])], torch.randn(shape, device=device)
-    return lambda: torch.autograd.grad(layer(x)[0], wanted, weights)
+    if part == STEP:
+        return torch.no_grad()(Steps(layer.eval(), x))
+    weights = torch.randn(time, batch, width, device=device)
+    return lambda: torch.autograd.grad(layer(x)[0], [x, *layer.parameters()], weights)
+
+
+class Steps:
+    """Call a layer again and again with the state that it left."""
+
+    def __init__(self, layer: nn.Module, x: Tensor) -> None:
+        self.layer, self.x, self.state = layer, x, None
+
+    def __call__(self) -> None:
+        _, self.state = self.layer(self.x, self.state)
 
 
 def layer_rows(shape: Shape, names: Sequence[str], part: str, memory: bool, device: str, budget: float) -> list[Row]:
     calls = {name: layer_call(shape, name, part, device) for name in names}
     rows = speed_rows(interleaved(calls, budget), **dict(zip("BTH", shape, strict=True)), part=part)
     for row in rows:
-        if memory and row["what"] != "GRU":
+        if memory and row["what"] in ("QRNN", "LSTM"):
             row["mib"] = peak_mib(layer_call, shape, row["what"], part, device=device)
     return rows
 
 
-def grid_rows(name: str, grids: Sequence[Grid], device: str, budget: float) -> list[Row]:
-    cells = [
-        ((batch, time, grid.width), part, grid.memory)
-        for grid in grids
-        for batch in grid.batches
-        for time in grid.lengths
-        for part in grid.parts
-    ]
-    bar = progress(cells, desc=name, unit="cell")
-    return [row for shape, part, memory in bar for row in layer_rows(shape, (*LAYERS,), part, memory, device, budget)]
+def grid_rows(name: str, grid: Grid, plan: Plan, device: str, budget: float) -> list[Row]:
+    """Every cell of a grid; on a CPU with each number of threads."""
+    before = torch.get_num_threads()
+    counts = plan.threads if device == "cpu" else (before,)
+    rows = []
+    for threads, width, (batch, time), part in progress(
+        list(product(counts, grid.widths, grid.cells, grid.parts)), desc=name, unit="cell"
+    ):
+        short = device == "cuda" or batch * time * width <= plan.largest_gru
+        names = [layer for layer in grid.layers if layer != "GRU" or short]
+        torch.set_num_threads(threads)
+        memory = grid.memory and threads == counts[0]
+        rows += layer_rows((batch, time, width), names, part, memory, device, budget)
+    torch.set_num_threads(before)
+    return rows
 
 
 def layer(plan: Plan, device: str, budget: float) -> list[Row]:
     """Milliseconds and memory of a QRNN layer, nn.LSTM and nn.GRU of the same width."""
-    return grid_rows("layer", plan.grids, device, budget)
+    return grid_rows("layer", plan.grid, plan, device, budget)
+
+
+def step(plan: Plan, device: str, budget: float) -> list[Row]:
+    """Milliseconds of one step after another, as in generation."""
+    return grid_rows("step", plan.step_grid, plan, device, budget)
+
+
+def layer_kept(plan: Plan, device: str, budget: float) -> list[Row]:
+    """A part of `layer` again, with freed memory kept, as experiment.py does."""
+    keep_freed_memory()
+    return grid_rows("layer_kept", plan.kept_grid, plan, device, budget)
 
 
 def paper(plan: Plan, device: str, budget: float) -> list[Row]:
-    """The same in the grid of the paper's Fig. 4."""
-    return grid_rows("paper", plan.paper_grids, device, budget)
+    """The layer in the grid of the paper's Fig. 4."""
+    return grid_rows("paper", plan.paper_grid, replace(plan, threads=(torch.get_num_threads(),)), device, budget)
 
 
 def scaling(plan: Plan, device: str, budget: float) -> list[Row]:
     """Milliseconds and memory of training a layer, as T and B grow."""
     bar = progress(plan.scaling_shapes, desc="scaling", unit="shape")
-    return [row for shape in bar for row in layer_rows(shape, ("QRNN", "LSTM"), TRAINING, True, device, budget)]
-
-
-def profile(plan: Plan, device: str, budget: float) -> list[Row]:
-    """Where the time of training a layer goes."""
-    shares = time_shares(layer_call(plan.profile_shape, "QRNN", STACKED, device), device)
-    cell = dict(zip("BTH", plan.profile_shape, strict=True)) | {"part": STACKED}
-    return [cell | {"what": kind, "share": share} for kind, share in shares.items()]
+    return [row for shape in bar for row in layer_rows(shape, ("QRNN", "LSTM"), STACKED, True, device, budget)]
 
 
 # --- the language models ---------------------------------------------------------------------------------------------
 
 
 def experiment(plan: Plan, device: str, budget: float) -> list[Row]:
-    """Tokens a second of training steps of experiment.py, on random words."""
+    """Tokens a second of training steps of experiment.py, on random words, and of their recurrent layers alone."""
     keep_freed_memory()  # as experiment.py does
     rows = []
     for config in progress(plan.presets, desc="experiment", unit="preset"):
@@ -293,12 +349,21 @@ def experiment(plan: Plan, device: str, budget: float) -> list[Row]:
             batch = next(batches.epoch(0))
             models = {name: build_model(settings, name, config.vocabulary) for name in ("qrnn", "lstm")}
             trainers = {name: Trainer(model, next_word_loss, batches, settings) for name, model in models.items()}
-            times = interleaved({name: partial(trainer.update, batch) for name, trainer in trainers.items()}, budget)
-            for row in speed_rows(times, preset=config.preset, amp=amp):
-                rows.append(
-                    row | {"hidden": models[row["what"]].hidden, "tokens_per_s": 1e3 * batches.tokens / row["ms"]}
-                )
+            parts = {"training": {name: partial(trainer.update, batch) for name, trainer in trainers.items()}}
+            if amp is None:
+                x = torch.randn(*batch.inputs.shape, config.embedding, device=device, requires_grad=True)
+                parts["recurrent layers alone"] = {name: stack_call(model.rnn, x) for name, model in models.items()}
+            for part, calls in parts.items():
+                for row in speed_rows(interleaved(calls, budget), preset=config.preset, part=part, amp=amp):
+                    rows.append(
+                        row | {"hidden": models[row["what"]].hidden, "tokens_per_s": 1e3 * batches.tokens / row["ms"]}
+                    )
     return rows
+
+
+def stack_call(stack: nn.Module, x: Tensor) -> Callable[[], object]:
+    """Forward and backward, with the gradient of the input."""
+    return lambda: torch.autograd.grad(stack(x)[0].sum(), [x, *stack.parameters()])
 
 
 def processes(plan: Plan, device: str, budget: float) -> list[Row]:
@@ -339,7 +404,7 @@ def roofline(plan: Plan, device: str, budget: float) -> list[Row]:
         "matrix product": (lambda: square @ square, 3 * size**2, 2 * size**3),
         "pooling, forward": (call_way(WAYS["auto"], problem, False), 3 * states, 2 * states),
         "pooling, forward + backward": (call_way(WAYS["auto"], problem, True), 9 * states, 7 * states),
-        "layer, inference": (layer_call(shape, "QRNN", "inference", device), 2 * states + weights, products),
+        "layer, inference": (layer_call(shape, "QRNN", INFERENCE, device), 2 * states + weights, products),
         f"layer, {STACKED}": (layer_call(shape, "QRNN", STACKED, device), 5 * states + 3 * weights, 3 * products),
     }
     rows = []
@@ -354,12 +419,35 @@ def roofline(plan: Plan, device: str, budget: float) -> list[Row]:
     return rows
 
 
+def profile(plan: Plan, device: str, budget: float) -> list[Row]:
+    """Where the time of a layer goes, and at what share of the machine's rate its matrix products run."""
+    square = torch.randn(plan.matrix_size, plan.matrix_size, device=device)
+    timed = interleaved({"matrix product": lambda: square @ square}, budget)
+    rate = 2 * plan.matrix_size**3 / (1e-3 * speed_rows(timed)[0]["ms"])
+    rows = []
+    for shape in progress(plan.profile_shapes, desc="profile", unit="shape"):
+        for part, passes in ((INFERENCE, 1), (STACKED, 3)):
+            seconds = time_by_kind(layer_call(shape, "QRNN", part, device), device)
+            tokens, width = shape[0] * shape[1], shape[2]
+            short = device == "cpu" and tokens >= SHORT_FILTER_ROWS
+            flops = passes * 2 * tokens * 3 * width * width * (1.5 if short else 2)  # products for a step: 3/2, or 2
+            cell = dict(zip("BTH", shape, strict=True)) | {"part": part, "threads": torch.get_num_threads()}
+            for kind, time in seconds.items():
+                rows.append(cell | {"what": kind, "share": time / sum(seconds.values())})
+                if kind == "matrix products":
+                    rows[-1]["of_machine"] = flops / time / rate
+    return rows
+
+
 # --- the command line ------------------------------------------------------------------------------------------------
 
-TABLES = {  # `experiment` comes last: it changes how the system hands out memory
+TABLES = {  # the last two change how the system hands out memory
     table.__name__: table
-    for table in (precision, pooling, layer, paper, scaling, roofline, profile, processes, experiment)
-}
+    for table in (
+        precision, pooling, layer, step, paper, scaling, roofline, profile, processes, layer_kept, experiment
+    )
+}  # fmt: skip
+FOR_GPUS = ("paper",)  # on a CPU only if asked for
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -405,7 +493,8 @@ def main(arguments: Sequence[str], plan: Plan = PLAN, folder: Path = RESULTS) ->
         return 2
     folder.mkdir(exist_ok=True)
     aside = path.with_suffix(".json.part")  # what is on record stays until all of it is measured
-    for table in (name for name in TABLES if not options.only or name in options.only):
+    default = [name for name in TABLES if options.device == "cuda" or name not in FOR_GPUS]
+    for table in (name for name in TABLES if name in (options.only or default)):
         torch.manual_seed(options.seed)
         content[table] = TABLES[table](plan, options.device, options.budget)
         write_file(aside, json.dumps(content, indent=1) + "\n")

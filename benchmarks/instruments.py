@@ -24,7 +24,7 @@ Call = Callable[[], object]
 
 SHORTEST = 5e-3  # seconds of a turn: calls shorter than that are repeated, and their mean counts
 LEAST, MOST = 3, 50  # rounds
-MATRIX_PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")
+MATRIX_PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::baddbmm")
 COPIES = ("aten::copy_", "aten::cat", "aten::flip", "aten::fill_", "aten::zero_", "aten::stack")
 
 
@@ -54,12 +54,12 @@ def interleaved(calls: dict[str, Call], budget: float) -> dict[str, list[float]]
 
 
 def speed_rows(times: dict[str, list[float]], **labels: object) -> list[Row]:
-    """For each call the median and the quartiles of its rounds, in milliseconds."""
+    """For each call the median and the quartiles of its rounds, in milliseconds, and how many threads it had."""
     rows = []
     for name, seconds in times.items():
         low, _, high = quantiles(seconds, n=4, method="inclusive")
         spread = {"ms": 1e3 * median(seconds), "ms_q1": 1e3 * low, "ms_q3": 1e3 * high, "rounds": len(seconds)}
-        rows.append({**labels, "what": name, **spread})
+        rows.append({**labels, "threads": torch.get_num_threads(), "what": name, **spread})
     return rows
 
 
@@ -88,8 +88,8 @@ def _peak_mib(build: Callable[..., Call], shape: Shape, *arguments: object) -> f
     return (peak_memory(device) - before) / 2**20
 
 
-def time_shares(call: Call, device: str) -> dict[str, float]:
-    """Which part of the time of a call goes into what; on CUDA, of the kernels' time."""
+def time_by_kind(call: Call, device: str) -> dict[str, float]:
+    """Seconds of a call by what they go into, the most first; on CUDA, of the kernels' time."""
     call()
     cuda = device == "cuda"
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda
@@ -99,7 +99,7 @@ def time_shares(call: Call, device: str) -> dict[str, float]:
     for event in profiler.events():
         if event.device_type == DeviceType.CPU:  # an operation; its kernels' time is counted as its own
             times[_kind(event.name)] += event.self_device_time_total if cuda else event.self_cpu_time_total
-    return {kind: time / times.total() for kind, time in times.most_common()}
+    return {kind: 1e-6 * time for kind, time in times.most_common()}
 
 
 def _kind(operation: str) -> str:

@@ -11,8 +11,9 @@ from pandas import DataFrame
 from benchmarks.record import Benchmark, NotMeasured, span, wide
 
 PRECISION_METHODS = ("closed form, autograd", "log", "blocked", "scan", "loop")
-POOLING_SHAPE, LAYER_WIDTH, REFERENCE_LENGTH, LONG = (32, 128, 640), 640, 512, 16_384
-PAPER_WIDTH, PAPER_LENGTHS = 320, (32, 64, 128, 256, 512)
+POOLING_SHAPE, REFERENCE_LENGTH, LONG = (32, 128, 640), 512, 16_384
+INFERENCE, STACKED = "inference", "training inside a stack"
+PAPER_LENGTHS = (32, 64, 128, 256, 512)
 PAPER = {  # batch size -> times as fast as cuDNN's LSTM at each length, inference: Fig. 4, right
     8: (5.5, 8.8, 11.0, 12.4, 16.9),
     16: (5.5, 6.7, 7.8, 8.3, 10.8),
@@ -81,49 +82,104 @@ def pooling_growth(benchmark: Benchmark) -> str:
 
 
 def ratios(rows: DataFrame, above: str, below: str, value: str = "ms") -> DataFrame:
-    """Return value of `above` / value of `below`: a row for each part, a column for each batch size and T."""
-    table = rows.pivot(index="part", columns=["B", "T", "what"], values=value).loc[rows["part"].unique()]
-    return table.xs(above, level="what", axis="columns") / table.xs(below, level="what", axis="columns")
+    """Return value of `above` / value of `below`: a row for each part, width and threads, a column for each B and T."""
+    order = rows["part"].unique()
+    table = rows.pivot(index=["part", "H", "threads"], columns=["B", "T", "what"], values=value)
+    of = {name: table.xs(name, level="what", axis="columns") for name in (above, below)}
+    return (of[above] / of[below]).reindex(order, level="part")
 
 
-def layer_speed(benchmark: Benchmark) -> str:
-    """Time of nn.LSTM and nn.GRU over the QRNN's, and the QRNN's memory over nn.LSTM's, at 640 units."""
-    rows = benchmark.measured("layer", H=LAYER_WIDTH)
+def row_names(table: DataFrame, benchmark: Benchmark) -> list[str]:
+    """Name rows by width and threads; a GPU has no number of threads."""
+    names = []
+    for width, threads in zip(*(table.index.get_level_values(level) for level in ("H", "threads")), strict=True):
+        cores = "" if benchmark.origin["machine"]["gpu"] else f", {threads} core{'s' if threads > 1 else ''}"
+        names.append(f"{width} units{cores}")
+    return names
+
+
+def over_lstm(rows: DataFrame, layers: tuple[str, ...], benchmark: Benchmark, corner: str) -> str:
+    """How many times as fast as nn.LSTM these layers are, side by side in each cell."""
+    tables = [ratios(rows, "LSTM", name).droplevel("part").map("{:.2f}".format) for name in layers]
+    cells = pd.concat(tables, keys=range(len(tables))).groupby(level=["H", "threads"]).agg(" / ".join)
+    cells.index, cells.columns = row_names(cells, benchmark), cells.columns.map("{0[0]} x {0[1]}".format)
+    return wide(cells, corner)
+
+
+def layer_speed(part: str, benchmark: Benchmark) -> str:
+    """The layer over nn.LSTM, k = 2 / k = 1."""
+    rows = benchmark.measured("layer", part=part)
+    return over_lstm(rows, ("QRNN", "QRNN, k = 1"), benchmark, f"{part}: batch x T, k = 2 / k = 1")
+
+
+def step_speed(benchmark: Benchmark) -> str:
+    """The same step by step, and a stack of one layer."""
+    layers = ("QRNN", "QRNN, k = 1", "stack of one QRNN layer")
+    return over_lstm(benchmark.measured("step"), layers, benchmark, "batch x T, k = 2 / k = 1 / k = 2 in a stack")
+
+
+def layer_worst(benchmark: Benchmark) -> str:
+    """Where the layer is slowest beside nn.LSTM."""
+    sentences = []
+    for table in ("layer", "step"):
+        rows = benchmark.measured(table)
+        for part in rows["part"].unique():
+            table = ratios(rows[rows["part"] == part], "LSTM", "QRNN").droplevel("part")
+            place, least = table.stack(["B", "T"], future_stack=True).agg(["idxmin", "min"])
+            (name,) = row_names(table.loc[[place[:2]]], benchmark)
+            slower = (table < 1).to_numpy().sum()
+            sentences.append(
+                f"{part.capitalize()}: `nn.LSTM` is faster in {slower} of {table.size} cells; the smallest ratio is "
+                f"{least:.2f}, at {name}, {place[2]} x {place[3]}."
+            )
+    return " ".join(sentences)
+
+
+def layer_memory(benchmark: Benchmark) -> str:
+    """Peak of memory over that of nn.LSTM."""
+    rows = benchmark.measured("layer").dropna(subset="mib")
+    table = ratios(rows, "QRNN", "LSTM", value="mib").map("{:.2f}".format)
+    table.index = [f"{part}, {width} units" for part, width, _ in table.index]
+    table.columns = table.columns.map("{0[0]} x {0[1]}".format)
+    return wide(table, "batch x T, memory over that of `nn.LSTM`")
+
+
+def layer_kept(benchmark: Benchmark) -> str:
+    """What it changes that freed memory is kept."""
+    kept, handed_out = benchmark.measured("layer_kept"), benchmark.measured("layer")
     tables = {
-        "speed over LSTM": ratios(rows, "LSTM", "QRNN"),
-        "speed over GRU": ratios(rows, "GRU", "QRNN"),
-        "memory over LSTM": ratios(rows, "QRNN", "LSTM", value="mib"),
+        "the system's default": ratios(handed_out, "LSTM", "QRNN"),
+        "freed memory kept": ratios(kept, "LSTM", "QRNN"),
     }
-    lines = pd.concat({label: table.dropna(how="all") for label, table in tables.items()}).swaplevel()
-    wanted = [(part, label) for part in rows["part"].unique() for label in tables if (part, label) in lines.index]
-    lines = lines.loc[wanted].map("{:.1f}".format, na_action="ignore")
-    lines.index, lines.columns = lines.index.map(", ".join), lines.columns.map("{0[0]} x {0[1]}".format)
-    return wide(lines, "batch x T")
+    (cell,) = tables["freed memory kept"].columns
+    lines = DataFrame({name: table[cell].map("{:.2f}".format) for name, table in tables.items()})
+    lines = lines.loc[tables["freed memory kept"].index]
+    names = row_names(lines, benchmark)
+    lines.index = [f"{part}, {name}" for part, name in zip(lines.index.get_level_values("part"), names, strict=True)]
+    return wide(lines, "{} x {}, times as fast as `nn.LSTM`".format(*cell))
+
+
+def gru_speed(part: str, benchmark: Benchmark) -> str:
+    """How many times as fast as nn.GRU the layer is, for a sentence."""
+    return span(ratios(benchmark.measured("layer", part=part), "GRU", "QRNN").stack(["B", "T"], future_stack=True))
 
 
 def readme_speed(benchmark: Benchmark) -> str:
-    """The range of `layer_speed` over all batch sizes and lengths."""
-    rows = benchmark.measured("layer", H=LAYER_WIDTH)
-    others = {f"over `nn.{name}`": ratios(rows, name, "QRNN") for name in ("LSTM", "GRU")}
-    lines = DataFrame({label: table.apply(span, axis="columns") for label, table in others.items()})
-    sizes = ratios(rows, "LSTM", "QRNN").columns
-    batches, lengths = (sizes.get_level_values(name) for name in ("B", "T"))
-    sizes = f"batches of {batches.min()} to {batches.max()}, T = {lengths.min()} to {lengths.max()}"
-    return wide(lines, f"times as fast, {LAYER_WIDTH} units, {sizes}")
-
-
-def speed_over_lstm(part: str, benchmark: Benchmark) -> str:
-    """The same of one part, for a sentence."""
-    return span(ratios(benchmark.measured("layer", H=LAYER_WIDTH), "LSTM", "QRNN").loc[part].dropna())
+    """The range of the ratios over nn.LSTM, for each part and width."""
+    rows = pd.concat([benchmark.measured("layer"), benchmark.measured("step")])
+    cells = ratios(rows, "LSTM", "QRNN").stack(["B", "T"], future_stack=True).dropna()
+    lines = cells.groupby(level=["part", "H"]).agg(span).unstack("H")
+    return wide(lines.loc[[STACKED, INFERENCE, "step by step"]], "times as fast as `nn.LSTM`", "{} units".format)
 
 
 def paper_speed(benchmark: Benchmark) -> dict[str, DataFrame]:
     """LSTM's time over the QRNN's, a row for each batch size, as in the paper's Fig. 4; a GPU's beside that."""
-    rows = benchmark.measured("paper", H=PAPER_WIDTH)
+    rows = benchmark.measured("paper")
     grids = {}
     if benchmark.origin["machine"]["gpu"]:
         grids["the paper, inference"] = DataFrame.from_dict(PAPER, orient="index", columns=list(PAPER_LENGTHS))
-    return grids | {part: ratios(rows, "LSTM", "QRNN").loc[part].unstack("T") for part in rows["part"].unique()}
+    measured = ratios(rows, "LSTM", "QRNN")
+    return grids | {place[0]: cells.unstack("T") for place, cells in measured.iterrows()}
 
 
 def paper_grid(benchmark: Benchmark) -> str:
@@ -135,13 +191,13 @@ def paper_grid(benchmark: Benchmark) -> str:
 
 
 def experiment_speed(benchmark: Benchmark) -> str:
-    """Training tokens a second of the two language models."""
+    """Words a second of the two language models."""
     rows = benchmark.measured("experiment")
-    rows["name"] = "`" + rows["preset"] + "`" + rows["amp"].map(lambda amp: f", {amp}" if amp else "")
+    rows["name"] = "`" + rows["preset"] + "`, " + rows["part"] + rows["amp"].map(lambda amp: f", {amp}" if amp else "")
     speeds, widths = (rows.pivot(index="name", columns="what", values=value) for value in ("tokens_per_s", "hidden"))
     lines = DataFrame(index=rows["name"].unique())
     for name in ("qrnn", "lstm"):
-        lines[f"{name.upper()}, tokens/s"] = speeds[name].map("{:,.0f}".format) + widths[name].map(" ({} units)".format)
+        lines[f"{name.upper()}, words/s"] = speeds[name].map("{:,.0f}".format) + widths[name].map(" ({} units)".format)
     lines["QRNN / LSTM"] = (speeds["qrnn"] / speeds["lstm"]).map("{:.2f}".format)
     return wide(lines, "preset")
 
@@ -198,10 +254,14 @@ def roofline(benchmark: Benchmark) -> str:
 
 
 def profile(benchmark: Benchmark) -> str:
-    """Where the time of training a layer goes."""
+    """Where the time of a layer goes, and at what share of the machine's rate its matrix products run."""
     rows = benchmark.measured("profile")
-    shares = ", ".join(rows["what"] + rows["share"].map(" {:.0%}".format))
-    return "Of the time of {part} at {B} x {T} x {H}: ".format(**rows.iloc[0]) + shares + "."
+    shares = rows.pivot(index=["part", "H"], columns="what", values="share").fillna(0)
+    lines = shares.sort_values(shares.index[-1], axis="columns", ascending=False).map("{:.0%}".format)
+    products = rows.dropna(subset="of_machine").set_index(["part", "H"])["of_machine"]
+    lines["rate of the products, of the machine's"] = products.map("{:.0%}".format)
+    lines.index = lines.index.map("{0[0]}, {0[1]} units".format)
+    return wide(lines, "share of the time, {B} x {T}".format(**rows.iloc[0]))
 
 
 # --- blocks ----------------------------------------------------------------------------------------------------------
@@ -210,8 +270,12 @@ TABLES: dict[str, Callable[[Benchmark], str]] = {
     "precision": precision,
     "pooling speed": pooling_speed,
     "pooling growth": pooling_growth,
-    "layer speed": layer_speed,
-    "paper grid": paper_grid,
+    "layer training": partial(layer_speed, STACKED),
+    "layer inference": partial(layer_speed, INFERENCE),
+    "layer worst": layer_worst,
+    "step speed": step_speed,
+    "layer memory": layer_memory,
+    "layer kept": layer_kept,
     "experiment speed": experiment_speed,
     "data parallel": data_parallel,
     "layer growth": layer_growth,
@@ -236,15 +300,14 @@ def gpu() -> str:
         Benchmark("cuda")
     except NotMeasured:
         return f"Nothing here has been measured on a GPU yet: `{COMMAND} --device cuda` does it."
-    return "\n\n".join(block(made, "cuda") for made in TABLES.values())
+    return "\n\n".join(block(made, "cuda") for made in (*TABLES.values(), paper_grid))
 
 
 BLOCKS: dict[str, Callable[[], str]] = {
     **{name: partial(block, made) for name, made in TABLES.items()},
     "readme exactness": partial(block, readme_exactness),
     "readme speed": partial(block, readme_speed),
-    "inference speed": partial(block, partial(speed_over_lstm, "inference")),
-    "training speed": partial(block, partial(speed_over_lstm, "training")),
-    "stack speed": partial(block, partial(speed_over_lstm, "training inside a stack")),
+    "gru training": partial(block, partial(gru_speed, STACKED)),
+    "gru inference": partial(block, partial(gru_speed, INFERENCE)),
     "gpu": gpu,
 }

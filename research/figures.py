@@ -16,7 +16,7 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from pandas import DataFrame
 
 from benchmarks.record import Benchmark, NotMeasured
-from benchmarks.tables import growth, paper_speed
+from benchmarks.tables import growth, paper_speed, ratios
 from examples.translation.attention import draw_attention
 from lab.report import styles
 from research.record import RESULTS, finished_runs, load
@@ -133,6 +133,26 @@ def attention(path: Path) -> None:
 
 
 def draw_speed(benchmark: Benchmark, path: Path) -> None:
+    """How many times as fast as nn.LSTM the layer is, against its width, a line for each batch size and length."""
+    rows = benchmark.measured("layer")
+    table = ratios(rows[rows["threads"] == rows["threads"].min()], "LSTM", "QRNN").droplevel("threads")
+    parts = table.index.get_level_values("part").unique()
+    figure, axes = plt.subplots(len(parts), 1, figsize=(WIDTH, 6.6), sharex=True, sharey=True, layout="constrained")
+    for axis, part in zip(axes, parts, strict=True):
+        axis.axhline(1, color="grey")
+        for (cell, values), marker in zip(table.loc[part].items(), "osD^v", strict=False):
+            axis.plot(values.index, values, marker=marker, label="{} x {}".format(*cell))
+        axis.set(ylabel="times as fast as nn.LSTM", ylim=(0, None))
+        axis.set_title(part, fontsize=11)
+        axis.grid(alpha=0.25)
+    axes[-1].set(xlabel="units", xticks=table.loc[parts[0]].index)
+    axes[-1].legend(title="batch x T", ncols=2, fontsize=9, loc="lower right")
+    cores = "" if benchmark.origin["machine"]["gpu"] else ", one core"
+    figure.suptitle(device_name(benchmark).partition(",")[0] + cores, fontsize=11)
+    save(figure, path)
+
+
+def draw_paper(benchmark: Benchmark, path: Path) -> None:
     """The grid of the paper's Fig. 4 as heat maps, one above the other."""
     grids = paper_speed(benchmark)
     figure, axes = plt.subplots(
@@ -194,7 +214,11 @@ STUDIES: dict[str, Callable[[DataFrame, Path], None]] = {
     "ablation": draw_ablation,
     "ptb": draw_ptb,
 }
-BENCHMARK: dict[str, Callable[[Benchmark, Path], None]] = {"speed": draw_speed, "scaling": draw_scaling}
+BENCHMARK: dict[str, Callable[[Benchmark, Path], None]] = {
+    "speed": draw_speed,
+    "paper": draw_paper,
+    "scaling": draw_scaling,
+}
 
 
 def draw_all(folder: Path) -> None:

@@ -6,20 +6,25 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks import __main__ as benchmark
-from benchmarks import peers, record, tables
+from benchmarks import instruments, peers, record, tables
 from benchmarks.__main__ import (
+    FOR_GPUS,
+    INFERENCE,
+    LAYERS,
+    PLAN,
     STACKED,
+    STEP,
     TABLES,
-    TRAINING,
     Grid,
     Plan,
+    Steps,
     gates,
     layer_call,
     main,
@@ -27,7 +32,7 @@ from benchmarks.__main__ import (
     pool_call,
     try_way,
 )
-from benchmarks.instruments import LEAST, MOST, interleaved, peak_mib, speed_rows, time_shares
+from benchmarks.instruments import LEAST, MOST, interleaved, peak_mib, speed_rows, time_by_kind
 from benchmarks.peers import LOOPS, PEERS, WAYS, Missing, Peer
 from benchmarks.record import Benchmark
 from lab.presets import PRESETS
@@ -35,23 +40,30 @@ from research import figures
 
 ROOT = Path(__file__).parents[2]
 SHAPE = (2, 8, 4)
+
+
+def tiny(grid: Grid, *cells: tuple[int, int]) -> Grid:
+    return grid._replace(widths=(4, 12), cells=cells)
+
+
 TINY = Plan(
     precision_lengths=(8,),
     precision_biases=(0.0,),
     pool_shapes=(SHAPE, (1, 16, 4)),
     longest_loop=8,
-    paper_grids=(Grid(320, (8, 16), (4,), ("inference", TRAINING)),),
-    grids=(
-        Grid(640, (1, 2), (4,), ("inference", TRAINING), memory=True),
-        Grid(640, (1,), (4,), (STACKED,)),
-    ),
+    pool_memory_shape=SHAPE,
+    grid=tiny(PLAN.grid, (1, 4), (2, 4)),
+    step_grid=tiny(PLAN.step_grid, (1, 1)),
+    kept_grid=tiny(PLAN.kept_grid, (1, 4)),
+    paper_grid=tiny(PLAN.paper_grid, (8, 4), (16, 4))._replace(widths=(4,)),
+    largest_gru=4 * 4,
     presets=tuple(
         replace(PRESETS[name], vocabulary=20, embedding=8, hidden=8, batch_size=2) for name in ("girrbach", "small")
     ),
     scaling_shapes=(SHAPE, (1, 16, 4), (4, 8, 4)),
     roofline_shape=SHAPE,
     matrix_size=16,
-    profile_shape=SHAPE,
+    profile_shapes=(SHAPE,),
     processes=(1,),
     process_flags="--preset demo --epochs 1 --models qrnn --embedding 4 --hidden 4 --batch-size 256",
 )
@@ -75,6 +87,9 @@ def folder(tmp_path_factory):
         )
         patch.setattr(sys, "argv", ["benchmarks", "--budget", "0"])
         folder = tmp_path_factory.mktemp("results")
+        patch.setattr(instruments, "SHORTEST", 1e-9)  # no repeats
+        patch.setattr(benchmark, "FOR_GPUS", ())  # all of them, to see their tables
+        patch.setattr(benchmark, "keep_freed_memory", lambda: None)  # it would last for all other tests
         assert main(["--device", "cpu", "--budget", "0"], TINY, folder) == 0
     return folder
 
@@ -108,12 +123,13 @@ def test_the_file_holds_every_table_and_where_it_comes_from(content):
 
 
 def test_every_time_has_its_spread_and_its_rounds(content):
-    for table in ("pooling", "layer", "scaling", "experiment", "roofline"):
+    for table in ("pooling", "layer", "step", "layer_kept", "scaling", "experiment", "roofline"):
         rows = [row for row in content[table] if "skipped" not in row]
         assert rows
         for row in rows:
             assert 0 < row["ms_q1"] <= row["ms"] <= row["ms_q3"], (table, row)
             assert row["rounds"] == LEAST
+            assert row["threads"] in TINY.threads
 
 
 @pytest.mark.parametrize("shape", TINY.pool_shapes)
@@ -130,25 +146,42 @@ def test_every_way_to_pool_is_measured_or_skipped_with_a_reason(content, shape):
         assert {row["what"] for row in rows if row.get("part") == part} == measured
 
 
-def test_layers_are_compared_in_every_cell(content):
+@pytest.mark.parametrize(
+    ("table", "grid"), [("layer", TINY.grid), ("step", TINY.step_grid), ("layer_kept", TINY.kept_grid)]
+)
+def test_layers_are_compared_in_every_cell_with_each_number_of_threads(content, table, grid):
     cells = {}
-    for row in (*content["layer"], *content["paper"]):
-        cells.setdefault((row["H"], row["B"], row["T"], row["part"]), set()).add(row["what"])
-        with_memory = row["H"] == 640 and row["part"] != STACKED and row["what"] != "GRU"
-        assert ("mib" in row) == with_memory
-    assert set(cells) == {
-        (grid.width, batch, time, part)
-        for grid in (*TINY.grids, *TINY.paper_grids)
-        for batch in grid.batches
-        for time in grid.lengths
-        for part in grid.parts
-    }
-    assert all(names == {"QRNN", "LSTM", "GRU"} for names in cells.values())
+    for row in content[table]:
+        cells.setdefault((row["threads"], row["H"], (row["B"], row["T"]), row["part"]), set()).add(row["what"])
+        assert ("mib" in row) == (grid.memory and row["threads"] == 1 and row["what"] in ("QRNN", "LSTM"))
+    assert set(cells) == set(product(TINY.threads, grid.widths, grid.cells, grid.parts))
+    for (_, width, (batch, time), _), names in cells.items():
+        assert names == {name for name in grid.layers if name != "GRU" or batch * time * width <= TINY.largest_gru}
+
+
+@pytest.mark.parametrize("name", ["QRNN", "QRNN, k = 1", "LSTM", "GRU", "stack of one QRNN layer"])
+def test_layers_take_time_first_and_carry_the_state(name):
+    torch.manual_seed(0)
+    layer, x = LAYERS[name](5).eval(), torch.randn(6, 3, 5)  # (T, B, F)
+    steps, h = Steps(layer, x[:1]), []
+    for t in range(len(x)):
+        steps.x = x[t : t + 1]
+        h.append(layer(steps.x, steps.state)[0])
+        steps()
+    torch.testing.assert_close(torch.cat(h), layer(x)[0], rtol=1e-5, atol=1e-6)
+
+
+def test_the_papers_grid_is_for_gpus(tmp_path, monkeypatch):
+    measured = []
+    monkeypatch.setattr(benchmark, "TABLES", dict.fromkeys(TABLES, lambda *_: []) | {"paper": measured.append})
+    assert main(["--device", "cpu"], TINY, tmp_path) == 0
+    assert FOR_GPUS == ("paper",) and not measured
+    assert set(json.loads((tmp_path / "benchmark-cpu.json").read_text())) == {"provenance", *TABLES} - {"paper"}
 
 
 def test_the_whole_plan_has_the_cells_that_are_published():
     plan = benchmark.PLAN
-    assert len(plan.paper_grids[0].batches) * len(plan.paper_grids[0].lengths) == 30
+    assert len(plan.paper_grid.cells) == 30
     assert (32, 128, 640) in plan.pool_shapes
     growing = {shape[1] for shape in plan.pool_shapes if shape[0] * shape[1] == 65_536}
     assert (
@@ -157,16 +190,19 @@ def test_the_whole_plan_has_the_cells_that_are_published():
 
 
 def test_models_of_the_experiment_are_matched(content):
-    rows = {(row["preset"], row["what"]): row for row in content["experiment"]}
-    assert set(rows) == {(preset, name) for preset in ("girrbach", "small") for name in ("qrnn", "lstm")}
+    rows = {(row["preset"], row["part"], row["what"]): row for row in content["experiment"]}
+    parts = ("training", "recurrent layers alone")
+    assert set(rows) == set(product(("girrbach", "small"), parts, ("qrnn", "lstm")))
     for row in rows.values():
         assert row["tokens_per_s"] == pytest.approx(2 * benchmark.SENTENCE / (1e-3 * row["ms"]))
 
 
-def test_shares_of_the_profile_are_of_one_whole(content):
-    shares = {row["what"]: row["share"] for row in content["profile"]}
-    assert set(shares) == {"matrix products", "gates, activations and pooling", "copies"}
-    assert sum(shares.values()) == pytest.approx(1)
+@pytest.mark.parametrize("part", [INFERENCE, STACKED])
+def test_shares_of_the_profile_are_of_one_whole(content, part):
+    rows = {row["what"]: row for row in content["profile"] if row["part"] == part}
+    assert set(rows) >= {"matrix products", "gates, activations and pooling"}
+    assert sum(row["share"] for row in rows.values()) == pytest.approx(1)
+    assert rows["matrix products"]["of_machine"] > 0
 
 
 def test_rates_of_the_roofline_follow_from_its_times(content):
@@ -197,8 +233,8 @@ def cells(table: str) -> list[list[str]]:
 
 
 def test_ratios_are_of_the_same_run(content, measured):
-    times = {(row["H"], row["B"], row["part"], row["what"]): row["ms"] for row in content["paper"]}
-    ratios = [times[320, 8, part, "LSTM"] / times[320, 8, part, "QRNN"] for part in ("inference", TRAINING)]
+    times = {(row["B"], row["part"], row["what"]): row["ms"] for row in content["paper"]}
+    ratios = [times[8, part, "LSTM"] / times[8, part, "QRNN"] for part in (INFERENCE, STACKED)]
     assert cells(tables.paper_grid(measured))[1] == ["8", " / ".join(f"{ratio:.1f}" for ratio in ratios)]
 
 
@@ -207,15 +243,43 @@ def test_the_papers_figures_stand_beside_those_of_a_gpu_alone(on_a_gpu):
 
 
 def test_layers_are_compared_by_time_and_memory(content, measured):
-    times = {(row["B"], row["part"], row["what"]): row["ms"] for row in content["layer"]}
-    shown = {row[0]: row[1:] for row in cells(tables.layer_speed(measured))}
-    wanted = [times[batch, TRAINING, "GRU"] / times[batch, TRAINING, "QRNN"] for batch in (1, 2)]
-    assert shown["training, speed over GRU"] == [f"{ratio:.1f}" for ratio in wanted]
-    assert shown["inference, memory over LSTM"] == ["1.0", "1.0"]  # as the fixture says
-    assert shown[f"{STACKED}, speed over LSTM"][1] == "" and f"{STACKED}, memory over LSTM" not in shown
-    ranges = {row[0]: row[2] for row in cells(tables.readme_speed(measured))[1:]}
-    low, high = (f"{ratio:.1f}" for ratio in sorted(wanted))
-    assert ranges[TRAINING] == (low if low == high else f"{low} to {high}")
+    times = {
+        (row["H"], row["threads"], row["B"], row["part"], row["what"]): row["ms"]
+        for row in (*content["layer"], *content["step"])
+    }
+
+    def ratio(name: str, *place: object) -> float:
+        return times[(*place, "LSTM")] / times[(*place, name)]
+
+    shown = {row[0]: row[1:] for row in cells(tables.layer_speed(STACKED, measured))}
+    wanted = [f"{ratio('QRNN', 12, 2, b, STACKED):.2f} / {ratio('QRNN, k = 1', 12, 2, b, STACKED):.2f}" for b in (1, 2)]
+    assert shown["12 units, 2 cores"] == wanted
+    assert {row[0]: row[1:] for row in cells(tables.layer_memory(measured))}["inference, 4 units"] == ["1.00", "1.00"]
+
+    widths = TINY.grid.widths
+    ranges = {row[0]: row[1:] for row in cells(tables.readme_speed(measured))[1:]}
+    for part, batches in ((STACKED, (1, 2)), (INFERENCE, (1, 2)), (STEP, (1,))):
+        for width, shown in zip(widths, ranges[part], strict=True):
+            every = [ratio("QRNN", width, threads, batch, part) for threads in (1, 2) for batch in batches]
+            low, high = f"{min(every):.1f}", f"{max(every):.1f}"
+            assert shown == (low if low == high else f"{low} to {high}")
+
+    least, place = min((ratio("QRNN", h, n, b, STACKED), (h, n, b)) for h in widths for n in (1, 2) for b in (1, 2))
+    (sentence,) = [text for text in tables.layer_worst(measured).split(". ") if text.startswith("Training inside")]
+    cores = "1 core" if place[1] == 1 else "2 cores"
+    assert sentence.endswith(f"ratio is {least:.2f}, at {place[0]} units, {cores}, {place[2]} x 4")
+
+
+def test_both_ways_to_hand_out_memory_are_shown(content, measured):
+    shown = {row[0]: row[1:] for row in cells(tables.layer_kept(measured))[1:]}
+    assert len(shown) == 2 * 2 * len(TINY.kept_grid.widths)
+    for table, column in (("layer", 0), ("layer_kept", 1)):
+        times = {
+            row["what"]: row["ms"]
+            for row in content[table]
+            if (row["H"], row["B"], row["threads"], row["part"]) == (12, 1, 1, INFERENCE)
+        }
+        assert shown["inference, 12 units, 1 core"][column] == f"{times['LSTM'] / times['QRNN']:.2f}"
 
 
 def test_the_worst_error_of_each_length_is_shown(content, measured):
@@ -270,7 +334,7 @@ def test_rounds_have_a_limit():
 
 def test_median_and_quartiles():
     (row,) = speed_rows({"a": [0.005, 0.001, 0.002, 0.004, 0.003]}, part="forward")
-    assert row == {"part": "forward", "what": "a", "ms": 3.0, "ms_q1": 2.0, "ms_q3": 4.0, "rounds": 5}
+    assert row == {"part": "forward", "threads": 1, "what": "a", "ms": 3.0, "ms_q1": 2.0, "ms_q3": 4.0, "rounds": 5}
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="resident memory can be reset on Linux only")
@@ -278,13 +342,13 @@ def test_peak_memory_is_what_the_arrays_take():
     shape = (1, 4096, 512)  # 8 MiB an array
     # the gates and h, and what the scan keeps of the gates' products: one array more
     assert 16 <= peak_mib(pool_call, shape, "scan", "float32", False, device="cpu") <= 48
-    assert 8 <= peak_mib(layer_call, (1, 4096, 64), "QRNN", TRAINING, device="cpu") <= 64
+    assert 8 <= peak_mib(layer_call, (1, 4096, 64), "QRNN", STACKED, device="cpu") <= 64
 
 
 def test_matrix_products_are_told_from_the_rest():
     a = torch.randn(64, 64)
-    shares = time_shares(lambda: (a @ a).tanh().copy_(a), "cpu")
-    assert set(shares) == {"matrix products", "gates, activations and pooling", "copies"}
+    seconds = time_by_kind(lambda: (a @ a).tanh().copy_(a), "cpu")
+    assert set(seconds) == {"matrix products", "gates, activations and pooling", "copies"}
 
 
 # --- peers -----------------------------------------------------------------------------------------------------------
