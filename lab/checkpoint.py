@@ -113,11 +113,12 @@ def remove(path: Path) -> None:
 def sync_folder(folder: Path) -> None:
     """Make renames inside the folder survive a power cut."""
     if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        with naming(folder):
+            descriptor = os.open(folder, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
 
 
 # --- checkpoints -----------------------------------------------------------------------------------------------------
