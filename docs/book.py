@@ -74,7 +74,7 @@ def mathml(latex: str, display: bool) -> str:
 def _space(row: ET.Element) -> None:
     """Tell names, signs and bars from binary operators, which a browser cannot do from the symbol alone."""
     namespace = row.tag.rpartition("}")[0] + "}"
-    letters = [child.text for child in row]
+    letters = [child.text or "" for child in row]
     if len(row) > 1 and all(child.get("mathvariant") == "normal" for child in row):  # one name, not letters in a row
         row[:] = [ET.Element(namespace + "mi")]
         row[0].text = "".join(letters)
@@ -86,7 +86,7 @@ def _space(row: ET.Element) -> None:
             bar_is_open = not bar_is_open
             child.attrib |= {"form": "prefix" if bar_is_open else "postfix", "stretchy": "false"}
             child.attrib |= {"lspace": "0", "rspace": "0"}
-        elif child.tag == namespace + "mo" and child.text in CLOSING:
+        elif child.tag == namespace + "mo" and (child.text or " ") in CLOSING:
             child.set("form", "postfix")
         elif child.text == "\u2212" and starts:
             child.attrib |= {"form": "prefix", "lspace": "0", "rspace": "0"}
@@ -94,7 +94,8 @@ def _space(row: ET.Element) -> None:
             child.tag = namespace + "mi"
     for child in list(row):
         name = child[0] if child.tag == namespace + "msub" else child  # log, or the log of log_2
-        if name.tag in (namespace + "mi", namespace + "mo") and len(name.text or "") > 1 and name.text.isalpha():
+        text = name.text or ""
+        if name.tag in (namespace + "mi", namespace + "mo") and len(text) > 1 and text.isalpha():
             name.tag = namespace + "mi"
             _space_around_name(row, child, namespace)
 

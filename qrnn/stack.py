@@ -45,8 +45,9 @@ class QRNN(nn.Module):
         dropout: probability of dropout on the outputs of each layer but the last, in training.
         bidirectional: a second QRNN in each layer reads the sequence backwards; outputs are concatenated, (..., 2 * H).
         proj_size: 0. It is there because nn.LSTM has it.
-        kernel_size, mode, zoneout, activation, method, device, dtype: of each layer, see `QRNNLayer`.
-        first_kernel_size: kernel_size of the first layer alone; the paper takes 6 for characters.
+        kernel_size: width of the convolution of all layers but the first, see `QRNNLayer`.
+        first_kernel_size: that of the first layer; the paper takes 6 for characters. A single layer has only this one.
+        mode, zoneout, activation, method, device, dtype: of each layer, see `QRNNLayer`.
         dense: each layer is fed with the input and the outputs of all layers before it (paper, section 2.1).
 
     Raises:
@@ -113,7 +114,8 @@ class QRNN(nn.Module):
         directions = 2 if bidirectional else 1
         options: dict[str, Any] = {"activation": activation, "bias": self.bias, "method": method}
         options |= {"device": device, "dtype": dtype}
-        layers, features, width = [], self.input_size, first_kernel_size
+        kernel_size = check_size("kernel_size", kernel_size)  # also where a single layer does not need it
+        layers, features, width = [], self.input_size, check_size("first_kernel_size", first_kernel_size)
         for _ in range(self.num_layers):
             for _ in range(directions):
                 layers.append(FastQRNNLayer(features, self.hidden_size, width, mode, zoneout, **options))
