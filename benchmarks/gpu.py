@@ -487,7 +487,7 @@ def bradbury(data: Path, seconds: float, device: str, record: Record) -> None:
 
 def more(data: Path, seconds: float, device: str, record: Record) -> None:
     """Speed of training steps of `girrbach` and `small`, float32 and bf16; then `small` on WikiText-2, both ways."""
-    from benchmarks.__main__ import PLAN, experiment
+    from benchmarks.measure import PLAN, experiment
 
     record.add("speed", experiment(PLAN, device, 1.0))
     runs = {model: flags("small", model) for model in ("qrnn", "lstm")}

@@ -73,7 +73,7 @@ def peak_mib(build: Callable[..., Call], shape: Shape, *arguments: object, devic
         return _peak_mib(build, shape, *arguments, device)
     os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # in the child glibc then returns what is freed, and no heap remains
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["benchmarks.__main__"])  # the children find all that they import
+    context.set_forkserver_preload(["benchmarks.measure"])  # the children find all that they import
     with ProcessPoolExecutor(1, mp_context=context) as executor:
         return executor.submit(_peak_mib, build, shape, *arguments, device).result()
 

@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import __main__ as benchmark
 from benchmarks import instruments, peers, record, tables
-from benchmarks.__main__ import (
+from benchmarks import measure as benchmark
+from benchmarks.instruments import LEAST, MOST, interleaved, peak_mib, speed_rows, time_by_kind
+from benchmarks.measure import (
     FOR_GPUS,
     INFERENCE,
     LAYERS,
@@ -32,7 +33,6 @@ from benchmarks.__main__ import (
     pool_call,
     try_way,
 )
-from benchmarks.instruments import LEAST, MOST, interleaved, peak_mib, speed_rows, time_by_kind
 from benchmarks.peers import LOOPS, PEERS, WAYS, Missing, Peer
 from benchmarks.record import Benchmark
 from lab.presets import PRESETS
@@ -439,3 +439,9 @@ def test_tables_of_different_runs_are_not_mixed(content, folder, tmp_path, capsy
     assert all(word in captured.err for word in ("--only", "benchmark-cpu.json", "seed"))
     assert captured.err.count("\n") == 1
     assert path.read_bytes() == before
+
+
+def test_what_measures_memory_is_found_by_its_name_in_another_process():
+    """In `__main__`, which `python -m benchmarks` runs, no other process would find it."""
+    assert {call.__module__ for call in (pool_call, layer_call)} == {"benchmarks.measure"}
+    assert "def " not in (ROOT / "benchmarks" / "__main__.py").read_text()
