@@ -215,7 +215,9 @@ class _Layer(torch.autograd.Function):
     @staticmethod
     def backward(ctx, h_grad: Tensor | None, c_grad: Tensor | None):
         seen, c0, _, weight, bias, gates, states = ctx.saved_tensors
-        if torch.is_grad_enabled():  # second derivatives are those of the definition
+        given = [grad for grad in (h_grad, c_grad) if grad is not None]
+        batched = any(torch._C._functorch.is_legacy_batchedtensor(grad) for grad in given)  # by is_grads_batched=True
+        if torch.is_grad_enabled() or batched:  # second and many derivatives are those of the definition
             return *_gradients_of_definition(ctx, h_grad, c_grad), None
         mode, (steps, batch, rows) = ctx.setting.mode, gates.shape
         seen_grad = None
@@ -280,14 +282,15 @@ def _definition(seen, c0, keep, weight, bias, setting) -> tuple[Tensor, Tensor]:
 
 def _gradients_of_definition(ctx, *grads: Tensor | None) -> list[Tensor | None]:
     """Return the gradients of seen, c0, keep, weight and bias as functions that have derivatives themselves."""
-    needs = ctx.needs_input_grad[:5]
-    # Aliases, because one may be a function of another: the input of a second layer with the same weight.
-    inputs = [a.view_as(a) if needed else a for a, needed in zip(ctx.saved_tensors[:5], needs, strict=True)]
+    needs, create_graph = ctx.needs_input_grad[:5], torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Aliases, because one may be a function of another: the input of a second layer with the same weight.
+        inputs = [a.view_as(a) if needed else a for a, needed in zip(ctx.saved_tensors[:5], needs, strict=True)]
+        outputs = _definition(*inputs, ctx.setting)  # type: ignore[call-arg]
     wanted = [a for a, needed in zip(inputs, needs, strict=True) if needed]
-    outputs = _definition(*inputs, ctx.setting)  # type: ignore[call-arg]
     given = [(h, grad) for h, grad in zip(outputs, grads, strict=True) if grad is not None]
     outputs, grads = zip(*given, strict=True)
-    found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=True))
+    found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=create_graph))
     return [next(found) if needed else None for needed in needs]
 
 

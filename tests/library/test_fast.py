@@ -283,3 +283,17 @@ def test_compiled_and_exported():
     torch.testing.assert_close(exported(x)[0], expected)
     compiled = torch.compile(layer, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(x)[0], expected)
+
+
+@pytest.mark.parametrize("mode", ["f", "fo", "ifo"])
+def test_many_derivatives_at_once(mode):
+    """`vectorize=True` maps the backward pass over a batch of gradients, which writes in place cannot be."""
+    layer = built(mode=mode)
+    seen, c0 = (array.detach() for array in drawn(layer, 5, batch=1))
+
+    def run(seen: Tensor, c0: Tensor) -> Tensor:
+        return layer._run(seen, c0, None)[0]
+
+    found = torch.autograd.functional.jacobian(run, (seen, c0), vectorize=True)
+    for mine, theirs in zip(found, torch.autograd.functional.jacobian(run, (seen, c0)), strict=True):
+        torch.testing.assert_close(mine, theirs)
