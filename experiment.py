@@ -60,8 +60,9 @@ def prepare_data(config: Config) -> Data:
     train, valid, test = split_up(corpus, config)
     tokenizer = build_vocabulary(train, config.vocabulary)
     encoded = {name: encode(tokenizer, split) for name, split in (("train", train), ("valid", valid), ("test", test))}
+    batches: SentenceBatches | StreamBatches
     if config.protocol == "sentence":
-        batches: Batches = SentenceBatches(encoded["train"], config.batch_size, seed=config.seed)
+        batches = SentenceBatches(encoded["train"], config.batch_size, seed=config.seed)
     else:
         batches = StreamBatches(encoded["train"], config.batch_size, config.bptt)
     return Data(
@@ -117,6 +118,7 @@ def build_qrnn(config: Config, hidden: int) -> QRNN:
         method=config.method,
     )
     for layer in rnn.layers:
+        assert layer.bias is not None  # unless asked for, there is none without
         raise_forget_bias(layer.bias, hidden, config.forget_bias)
     return rnn
 
@@ -161,7 +163,7 @@ def build_model(config: Config, name: str, vocabulary: int) -> LanguageModel:
 # --- the task --------------------------------------------------------------------------------------------------------
 
 
-class LanguageModelling(Task):
+class LanguageModelling(Task[LanguageModel]):
     """Predict the next word.
 
     Args:
@@ -172,6 +174,7 @@ class LanguageModelling(Task):
         InputError, CorpusError: the corpus is not there, or not what it should be.
     """
 
+    config: Config
     step = staticmethod(next_word_loss)
     hint = "That is long: it is meant for a GPU. --preset small takes about 40 minutes on 2 CPU cores."
 

@@ -24,6 +24,7 @@ from functools import partial
 from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -66,7 +67,8 @@ class Record:
     """A JSON file that says where its rows come from, and is written anew whenever some are added."""
 
     def __init__(self, path: Path, device: str) -> None:
-        self.path, self.content = path, {"provenance": provenance(seed=0, device=device)}
+        self.path = path
+        self.content: dict[str, Any] = {"provenance": provenance(seed=0, device=device)}
         # a copy of the project without its history cannot tell its commit
         self.content["provenance"]["commit"] = os.environ.get("COMMIT") or self.content["provenance"]["commit"]
         self.add("rows", [])
@@ -83,8 +85,8 @@ class Record:
 
 def _float32_blocks(log_f: Tensor, x: Tensor, h0: Tensor, positive: bool) -> Tensor:
     """The closed form in float32 blocks of 16, short enough for its logs to keep their digits."""
-    blocks = (array.unflatten(1, (-1, 16)) for array in (log_f, x))
-    h, c = _closed_form_of_any_sign(*blocks, positive)
+    log_f, x = (array.unflatten(1, (-1, 16)) for array in (log_f, x))
+    h, c = _closed_form_of_any_sign(log_f, x, positive)
     ends = _scan(c[:, :, -1], h[:, :, -1], h0)
     starts = torch.cat([h0.unsqueeze(1), ends[:, :-1]], dim=1).unsqueeze(2)
     return torch.addcmul(h, c.exp(), starts).flatten(1, 2)
@@ -106,7 +108,7 @@ def _associative_scan(mode: str, log_f: Tensor, x: Tensor, h0: Tensor, positive:
     return h + log_f_sum.exp() * h0.unsqueeze(1)
 
 
-SOLVERS = {
+SOLVERS: dict[str, Callable[..., Tensor]] = {
     "closed form, float32 blocks of 16": _float32_blocks,
     "closed form, float64, whole": _whole_in_float64,
     "torch.associative_scan, generic": partial(_associative_scan, "generic"),
@@ -205,7 +207,8 @@ def limits(plan: Plan, device: str) -> list[Row]:
         for _ in range(plan.launches):
             small.add_(1)
 
-    calls = {"copy": lambda: target.copy_(source), "launches": launch, "matrix product, bfloat16": lambda: half @ half}
+    calls: dict[str, Call] = {"copy": lambda: target.copy_(source), "launches": launch}
+    calls["matrix product, bfloat16"] = lambda: half @ half
     if device == "cuda":
         calls["launches, graph"] = graphed(launch)
     rows = speed_rows(interleaved(calls, plan.budget))
@@ -240,8 +243,8 @@ def forms_of(call: Call, compiled: bool, device: str) -> dict[str, Callable[[], 
     return {name: lambda: call} | ({f"{name}, graph": lambda: graphed(call)} if device == "cuda" else {})
 
 
-def errors(result: Tensor | tuple[Tensor, ...], wanted: Tensor | tuple[Tensor, ...]) -> list[float]:
-    """Relative L2 error of each array."""
+def errors(result: object, wanted: object) -> list[float]:
+    """Relative L2 error of each array: of a tensor alone, or of those in a tuple."""
     pairs = zip(tree_leaves(result), tree_leaves(wanted), strict=True)
     return [((a.double() - b).norm() / b.norm()).item() for a, b in pairs]
 
@@ -249,12 +252,14 @@ def errors(result: Tensor | tuple[Tensor, ...], wanted: Tensor | tuple[Tensor, .
 def method_rows(shape: Shape, compiled: bool, plan: Plan, device: str) -> list[Row]:
     """Compare all ways to pool at a shape, and a copy of an array of that shape."""
     problem, rows = problem_of(shape, device), []
-    target = torch.empty_like(problem[0])
+    log_f, x, h0 = problem
+    exact, target = (log_f.double(), x.double(), h0.double()), torch.empty_like(log_f)
     for backward, part in ((False, "forward"), (True, "forward + backward")):
-        wanted = pooling_call(way("scan"), tuple(array.double() for array in problem), backward)()
+        wanted = pooling_call(way("scan"), exact, backward)()
         cell = dict(zip("BTH", shape, strict=True)) | {"part": part}
         torch.compiler.reset()
-        calls, facts = {("copy", "eager"): lambda: target.copy_(problem[0])}, {}
+        calls: dict[tuple[str, str], Call] = {("copy", "eager"): lambda: target.copy_(log_f)}
+        facts: dict[tuple[str, str], dict[str, Any]] = {}
         for name, function in WAYS.items():
             reason = too_long(name, shape[1], compiled, plan)
             if reason is not None:
@@ -320,14 +325,16 @@ def grid_rows(length: int, training: bool, tf32: bool, compiled: bool, plan: Pla
     layers = {name: layer(name, plan.width, device).train(training) for name in LAYERS}
     if compiled:
         layers |= {
-            name: torch.compile(module, backend=plan.backend) for name, module in layers.items() if name != "LSTM"
+            name: cast(nn.Module, torch.compile(module, backend=plan.backend))
+            for name, module in layers.items()
+            if name != "LSTM"
         }
     for batch in plan.batches:
         x = torch.randn(batch, length, plan.width, device=device)
         if compiled:
             torch._dynamo.mark_dynamic(x, 0)  # one compilation for all batch sizes
         cell = {"B": batch, "T": length, "H": plan.width, "part": part_of(training), "tf32": tf32}
-        calls = {}
+        calls: dict[tuple[str, str], Call] = {}
         for name, module in layers.items():
             call = layer_call(module, x, training)
             for form, make in forms_of(call, compiled and name != "LSTM", device).items():
@@ -445,12 +452,12 @@ def train(runs: dict[str, list[str]], data: Path, seconds: float, device: str, r
                 process.send_signal(signal.SIGINT)  # it evaluates, reports and ends
         for name, process in started.items():
             process.wait()
-            row = {"run": name, "flags": runs[name], "beside": [other for other in runs if other != name]}
+            row: Row = {"run": name, "flags": runs[name], "beside": [other for other in runs if other != name]}
             try:
                 row["result"] = outcome(Path(folder) / "runs" / name, data, device)
             except Exception as error:  # whatever went wrong, the other runs count
-                log = (Path(folder) / f"{name}.txt").read_text()
-                row |= {"skipped": one_line(error), "exit_code": process.returncode, "log": log[-2000:]}
+                said = (Path(folder) / f"{name}.txt").read_text()
+                row |= {"skipped": one_line(error), "exit_code": process.returncode, "log": said[-2000:]}
             record.add("rows", [row])
             print(f"{name}: {row.get('skipped') or row['result']['test_perplexity']}", flush=True)
 

@@ -6,10 +6,10 @@ import math
 import multiprocessing
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from statistics import median, quantiles
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.autograd import DeviceType
@@ -21,6 +21,7 @@ from lab.provenance import peak_memory, reset_peak_memory
 Row = dict[str, Any]
 Shape = tuple[int, int, int]  # (B, T, H)
 Call = Callable[[], object]
+Name = TypeVar("Name", bound=Hashable)
 
 SHORTEST = 5e-3  # seconds of a turn: calls shorter than that are repeated, and their mean counts
 LEAST, MOST = 3, 50  # rounds
@@ -28,7 +29,7 @@ MATRIX_PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten
 COPIES = ("aten::copy_", "aten::cat", "aten::flip", "aten::fill_", "aten::zero_", "aten::stack")
 
 
-def interleaved(calls: dict[str, Call], budget: float) -> dict[str, list[float]]:
+def interleaved(calls: Mapping[Name, Call], budget: float) -> dict[Name, list[float]]:
     """Seconds of each call in each round. In a round they take turns, so that a busy machine slows all of them alike.
 
     Args:
@@ -42,7 +43,7 @@ def interleaved(calls: dict[str, Call], budget: float) -> dict[str, list[float]]
         cold = timer.timeit(1).median
         warm = timer.timeit(1).median if cold < 1 else cold
         turns[name] = timer, math.ceil(SHORTEST / warm)
-    times: dict[str, list[float]] = {name: [] for name in calls}
+    times: dict[Name, list[float]] = {name: [] for name in calls}
     rounds, spent = 0, 0.0
     while rounds < LEAST or (spent < budget and rounds < MOST):
         for name, (timer, repeats) in turns.items():
@@ -53,7 +54,7 @@ def interleaved(calls: dict[str, Call], budget: float) -> dict[str, list[float]]
     return times
 
 
-def speed_rows(times: dict[str, list[float]], **labels: object) -> list[Row]:
+def speed_rows(times: dict[Name, list[float]], **labels: object) -> list[Row]:
     """For each call the median and the quartiles of its rounds, in milliseconds, and how many threads it had."""
     rows = []
     for name, seconds in times.items():
@@ -78,7 +79,7 @@ def peak_mib(build: Callable[..., Call], shape: Shape, *arguments: object, devic
         return executor.submit(_peak_mib, build, shape, *arguments, device).result()
 
 
-def _peak_mib(build: Callable[..., Call], shape: Shape, *arguments: object) -> float:
+def _peak_mib(build: Callable[..., Call], shape: Shape, *arguments: Any) -> float:
     device = torch.device(arguments[-1])
     build((1, 32, shape[2]), *arguments)()  # libraries take memory the first time
     call = build(shape, *arguments)

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from benchmarks.instruments import Row, Shape, interleaved, peak_mib, speed_rows, time_by_kind
+from benchmarks.instruments import Call, Row, Shape, interleaved, peak_mib, speed_rows, time_by_kind
 from benchmarks.peers import (
     LOOPS,
     PEERS,
@@ -65,8 +65,10 @@ class TimeFirst(FastQRNNLayer):
     def __init__(self, width: int, kernel_size: int) -> None:
         super().__init__(width, width, kernel_size, "fo", activation="tanh")
 
-    def forward(self, x: Tensor, state: QRNNState | None = None) -> tuple[Tensor, QRNNState]:
-        h, state = super().forward(x.transpose(0, 1), state)
+    def forward(
+        self, x: Tensor, state: QRNNState | None = None, lengths: Tensor | Sequence[int] | None = None
+    ) -> tuple[Tensor, QRNNState]:
+        h, state = super().forward(x.transpose(0, 1), state, lengths)
         return h.transpose(0, 1), state
 
 
@@ -201,9 +203,9 @@ def try_way(way: Way, problem: Problem) -> None:
     except Exception as error:  # other people's code: anything can go wrong
         raise Missing(one_line(error)) from error
     want = pool(*problem).double()
-    error = ((h - want).norm() / want.norm()).item()
-    if not error < 0.1:  # the plain closed form is off by 2 % at T = 65,536
-        raise Missing(f"wrong: relative error {error:.0e}")
+    off = ((h - want).norm() / want.norm()).item()
+    if not off < 0.1:  # the plain closed form is off by 2 % at T = 65,536
+        raise Missing(f"wrong: relative error {off:.0e}")
 
 
 def runnable(loaders: dict[str, Callable[[], Way]], problem: Problem) -> tuple[dict[str, Way], list[Row]]:
@@ -221,7 +223,7 @@ def runnable(loaders: dict[str, Callable[[], Way]], problem: Problem) -> tuple[d
 
 def loaders(plan: Plan, shape: Shape, device: str) -> dict[str, Callable[[], Way]]:
     """What to try at this shape; compiling takes too long to do it at every one."""
-    tried = {name: partial(load, name, device) for name in (*WAYS, *PEERS)}
+    tried: dict[str, Callable[[], Way]] = {name: partial(load, name, device) for name in (*WAYS, *PEERS)}
     longest = QUADRATIC | {name: min(plan.longest_loop, QUADRATIC.get(name, plan.longest_loop)) for name in LOOPS}
     tried |= {name: partial(too_long, limit) for name, limit in longest.items() if shape[1] > limit}
     if device == "cuda" and shape in plan.compiled_shapes:
@@ -349,7 +351,8 @@ def experiment(plan: Plan, device: str, budget: float) -> list[Row]:
             batch = next(batches.epoch(0))
             models = {name: build_model(settings, name, config.vocabulary) for name in ("qrnn", "lstm")}
             trainers = {name: Trainer(model, next_word_loss, batches, settings) for name, model in models.items()}
-            parts = {"training": {name: partial(trainer.update, batch) for name, trainer in trainers.items()}}
+            updates: dict[str, Call] = {name: partial(trainer.update, batch) for name, trainer in trainers.items()}
+            parts = {"training": updates}
             if amp is None:
                 x = torch.randn(*batch.inputs.shape, config.embedding, device=device, requires_grad=True)
                 parts["recurrent layers alone"] = {name: stack_call(model.rnn, x) for name, model in models.items()}
@@ -407,7 +410,7 @@ def roofline(plan: Plan, device: str, budget: float) -> list[Row]:
         "layer, inference": (layer_call(shape, "QRNN", INFERENCE, device), 2 * states + weights, products),
         f"layer, {STACKED}": (layer_call(shape, "QRNN", STACKED, device), 5 * states + 3 * weights, 3 * products),
     }
-    rows = []
+    rows: list[Row] = []
     if device == "cuda":
         ways, rows = runnable(compiled(), problem)
         for name, way in ways.items():
@@ -487,7 +490,7 @@ def main(arguments: Sequence[str], plan: Plan = PLAN, folder: Path = RESULTS) ->
     origin = provenance(seed=options.seed, device=options.device)
     origin |= {"budget_s": options.budget, "peers": versions()}
     try:
-        content = kept(path, origin) if options.only else {"provenance": origin}
+        content: dict[str, Any] = kept(path, origin) if options.only else {"provenance": origin}
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

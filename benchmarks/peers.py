@@ -80,7 +80,7 @@ def _associative_scan() -> Way:
 
 
 def _mambapy() -> Way:
-    from mambapy.pscan import pscan  # (B, T, H, N)
+    pscan = import_module("mambapy.pscan").pscan  # (B, T, H, N)
 
     return lambda log_f, log_x: pscan(log_f.exp().unsqueeze(-1), log_x.exp().unsqueeze(-1)).squeeze(-1)
 

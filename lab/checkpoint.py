@@ -203,7 +203,7 @@ def load_checkpoint(
 def _read(path: Path) -> tuple[Weights, State]:
     if path.is_symlink():
         raise CheckpointError("a symbolic link")
-    sums = dict(reversed(line.split("  ", 1)) for line in read_file(path / SUMS).decode().splitlines())
+    sums = dict(line.split("  ", 1)[::-1] for line in read_file(path / SUMS).decode().splitlines())
     contents = {name: read_file(path / name) for name in (WEIGHTS, STATE)}
     for name, data in contents.items():
         if sums.get(name) != _sha256(data):

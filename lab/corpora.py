@@ -131,9 +131,9 @@ def folder_name(path: Path) -> str:
 
 def _synthetic(seed: int) -> Corpus:
     lines = sample_sentences(14_000, seed)
-    splits = {"train": lines[:12_000], "valid": lines[12_000:13_000], "test": lines[13_000:]}
-    floor = {split: perplexity_floor(splits[split]) for split in SPLITS}
-    return Corpus("synthetic", f"generated, seed {seed}", **splits, floor=floor)
+    splits = lines[:12_000], lines[12_000:13_000], lines[13_000:]
+    floor = {name: perplexity_floor(split) for name, split in zip(SPLITS, splits, strict=True)}
+    return Corpus("synthetic", f"generated, seed {seed}", *splits, floor=floor)
 
 
 def _from_folder(name: str, folder: Path, source: str) -> Corpus:
@@ -147,7 +147,8 @@ def _from_folder(name: str, folder: Path, source: str) -> Corpus:
 
 
 def _corpus(name: str, source: str, contents: dict[str, bytes], files: dict[str, str]) -> Corpus:
-    return Corpus(name, source, **{split: _lines(contents[split], files[split]) for split in SPLITS}, files=files)
+    train, valid, test = (_lines(contents[split], files[split]) for split in SPLITS)
+    return Corpus(name, source, train, valid, test, files=files)
 
 
 def _read(path: Path) -> bytes:

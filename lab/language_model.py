@@ -103,7 +103,9 @@ def generate(
         logits, state = model(torch.tensor([new], device=device), state)
         probabilities = logits[0, -1].float().cpu().index_fill(0, torch.tensor(unk), -torch.inf).softmax(0)
         word = int(torch.multinomial(probabilities, 1, generator=generator))
-        text.append("\n" if word == eos else tokenizer.id_to_token(word))
+        written = tokenizer.id_to_token(word)
+        assert written is not None  # the model has the tokenizer's words
+        text.append("\n" if word == eos else written)
         new = [word]
         if word == eos and not carry:
             state = None

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 from lab.run import RunConfig
-from lab.settings import Count, KernelSize, Networks, Probability, Range, Words, check_text
+from lab.settings import Chosen, Count, KernelSize, Probability, Range, Words, check_text
 
 
 @dataclass(frozen=True)
-class LanguageModelling:
+class LanguageModelling(Chosen):
     """What is read."""
 
     preset: Literal["girrbach", "bradbury", "small", "demo"] = "girrbach"
@@ -54,7 +54,7 @@ class LanguageModelling:
 
 
 @dataclass(frozen=True)
-class Config(RunConfig, Networks, LanguageModelling):  # in --help the fields of the last base come first
+class Config(RunConfig, LanguageModelling):  # in --help the fields of the last base come first
     """Train a QRNN and an LSTM on the same text in the same way, and compare them.
 
     A preset sets every value, each flag changes one. Results go to runs/NAME.

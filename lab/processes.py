@@ -6,7 +6,7 @@ import contextlib
 import signal
 import sys
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from accelerate import Accelerator
@@ -78,4 +78,4 @@ def main_first(accelerator: Accelerator, action: Callable[[], T]) -> T:
     """Do something in the main process, then in the others, which may count on what it left; see `together`."""
     first = main_only(accelerator, action)
     rest = together(accelerator, action, not accelerator.is_main_process)
-    return first if accelerator.is_main_process else rest
+    return cast(T, first if accelerator.is_main_process else rest)  # what ran here

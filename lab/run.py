@@ -12,7 +12,7 @@ from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -23,11 +23,12 @@ from lab.processes import StopSignal, agree, main_first, main_only
 from lab.provenance import keep_freed_memory, provenance
 from lab.report import Layout, write_report
 from lab.run_folder import Content, ModelFolder, RunFolder
-from lab.settings import InputError, Settings, check_memory
+from lab.settings import Chosen, InputError, Networks, Settings, check_memory
 from lab.state import check_weights
 from lab.training import Batches, Step, Trainer, describe_time, evaluate, seconds_per_item
 
 AnyConfig = TypeVar("AnyConfig", bound="RunConfig")
+Model = TypeVar("Model", bound=nn.Module)
 RUNS = Path("runs")
 PATIENCE_HOURS = 2  # on a CPU, a longer run is worth a hint
 
@@ -45,16 +46,14 @@ class Run:
 
 
 @dataclass(frozen=True)
-class RunConfig(Settings, Run):  # in --help the fields of the last base come first
-    """What every experiment has on its command line; it adds its own fields, and a `preset`, a `corpus` and `models`.
+class RunConfig(Settings, Run, Networks, Chosen):  # in --help the fields of the last base come first
+    """What every experiment has on its command line; it adds its own fields, a `preset` and a `corpus` among them.
 
     Attributes:
-        names: of the models that there are: what they are called on the command line -> in reports.
         free: fields that decide about no number: they may be others when a run is resumed.
         prefix: of a run without a name, so that experiments keep out of each other's way.
     """
 
-    names: ClassVar[dict[str, str]]
     free: ClassVar[frozenset[str]] = frozenset({"name", "resume", "checkpoint_minutes"})
     prefix: ClassVar[str] = ""
 
@@ -82,8 +81,8 @@ class RunConfig(Settings, Run):  # in --help the fields of the last base come fi
         return json.loads(json.dumps({name: value for name, value in asdict(self).items() if name not in self.free}))
 
 
-class Task(ABC):
-    """What an experiment brings: the data, the models, and what to say of them.
+class Task(ABC, Generic[Model]):
+    """What an experiment brings: the data, the models of type `Model`, and what to say of them.
 
     Attributes:
         config: checked.
@@ -107,15 +106,15 @@ class Task(ABC):
     hint: ClassVar[str] = ""
 
     @abstractmethod
-    def build(self, name: str) -> nn.Module:
+    def build(self, name: str) -> Model:
         """The model of the name, initialised from the seed; its attribute `hidden` is the width of its layers."""
 
     @abstractmethod
-    def recurrent(self, model: nn.Module) -> nn.Module:
+    def recurrent(self, model: Model) -> nn.Module:
         """The part of a model that is compared; the rest is the same in all."""
 
     @abstractmethod
-    def judge(self, model: nn.Module, valid_loss: float, test: bool) -> dict[str, Any]:
+    def judge(self, model: Model, valid_loss: float, test: bool) -> dict[str, Any]:
         """What the result of a model says beside what is measured in training, as JSON values.
 
         Args:
@@ -171,7 +170,7 @@ def run(config: RunConfig, prepare: Callable[[int], Task]) -> int:
 def train_all(task: Task, accelerator: Accelerator, folder: RunFolder, record: Content) -> int:
     """Train the models that are not finished, and report on all; see `run`."""
     config, results, main = task.config, [], accelerator.is_main_process
-    folders = {name: folder.model(name, record) for name in config.models}
+    folders: dict[str, ModelFolder] = {name: folder.model(name, record) for name in config.models}
     finished = main_first(accelerator, lambda: {name: mine.finished(main) for name, mine in folders.items()})
     left = {name: mine for name, mine in folders.items() if finished[name] is None}
     origin = provenance(seed=config.seed, device=accelerator.device.type) if main else {}
@@ -288,6 +287,7 @@ def train_model(task: Task, name: str, folder: ModelFolder, stop: StopSignal) ->
     trainer = Trainer(model, task.step, task.train, task.config, task.layout.unit)
     outcome = trainer.run(folder, task.validate, stop, name, task.layout.convert)
     progress, loss, accelerator = outcome.progress, outcome.interrupted_loss, trainer.accelerator
+    best_epoch: float  # a whole number unless the model was interrupted
     if loss is None or progress.best_loss <= loss:
         best_epoch, best_loss = main_first(
             accelerator, lambda: load_best(folder, model, training=accelerator.is_main_process)

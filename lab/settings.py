@@ -98,6 +98,21 @@ class Settings:
         return self.lr
 
 
+class Chosen:
+    """Name the fields that every experiment declares itself, because their values are its own.
+
+    They are properties, so that a field of a frozen dataclass can take their place.
+    """
+
+    @property
+    def preset(self) -> str:
+        raise NotImplementedError
+
+    @property
+    def corpus(self) -> str:
+        raise NotImplementedError
+
+
 @dataclass(frozen=True)
 class Networks:
     """Which networks are compared.

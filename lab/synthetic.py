@@ -73,7 +73,7 @@ EMISSIONS = {place: _emissions(words) for place, (words, _) in GRAMMAR.items()}
 @functools.cache
 def _next_words(place: str, clause: int, first_word: str) -> dict[str, tuple[str, list[float]]]:
     """Word -> (its place, its probability in each topic), for all words that can follow in clause 0, 1 or 2."""
-    words = {}
+    words: dict[str, tuple[str, list[float]]] = {}
     for following, probability in _following(place, clause).items():
         emissions = {first_word: [1.0] * len(TOPICS)} if following == "recall" else EMISSIONS[following]
         words |= {word: (following, [probability * e for e in given]) for word, given in emissions.items()}
@@ -136,7 +136,8 @@ def sample_sentences(count: int, seed: int = 0) -> list[list[str]]:
 
 
 def _sample_sentence(rng: random.Random) -> list[str]:
-    topic, place, clause, sentence = rng.randrange(len(TOPICS)), "start", 0, []
+    topic, place, clause = rng.randrange(len(TOPICS)), "start", 0
+    sentence: list[str] = []
     while True:
         words = _next_words(place, clause, sentence[0] if sentence else "")
         (word,) = rng.choices(list(words), [emission[topic] for _, emission in words.values()])

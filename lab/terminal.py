@@ -6,6 +6,10 @@ import errno
 import io
 import os
 import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
 
 
 class Patient(io.FileIO):
@@ -17,13 +21,13 @@ class Patient(io.FileIO):
 
     lost: OSError | None = None
 
-    def write(self, data: bytes) -> int | None:  # type: ignore[override]
+    def write(self, data: ReadableBuffer, /) -> int:
         try:
             return super().write(data)
         except OSError as error:
             if error.errno != errno.EPIPE:
                 self.lost = error
-            return len(data)
+            return memoryview(data).nbytes
 
 
 def make_patient() -> None:

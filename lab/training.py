@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -41,7 +41,7 @@ from lab.state import (
 )
 
 LOG_LINES = 500  # lines of metrics.jsonl a run, about
-OPTIMIZERS = {
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw": partial(torch.optim.AdamW, fused=True),  # one pass over the weights, not one an operation
     "adam": torch.optim.Adam,
     "rmsprop": partial(torch.optim.RMSprop, alpha=0.9),
@@ -51,8 +51,9 @@ FLOOR_TOLERANCE = 1e-3  # nats: by chance a perfect model of a finite split lies
 
 ADVICE = "the last good checkpoint is kept; a lower --lr or --clip may help, under another --name"
 
-# Step(model, batch, carried) -> sum of the losses, number of items they are of, what to carry
-Step = Callable[[nn.Module, Batch, Carried], tuple[Tensor, Tensor, Carried]]
+# Step(model, batch, carried) -> sum of the losses, number of items they are of, what to carry.
+# The batch is Any because each task has a NamedTuple of its own.
+Step = Callable[[nn.Module, Any, Carried], tuple[Tensor, Tensor, Carried]]
 
 
 class Batches(Protocol):
@@ -343,7 +344,10 @@ def evaluate(model: nn.Module, step: Step, batches: Batches, floor: float | None
         FutureLeakWarning: the model is better than that.
     """
     device = next(model.parameters()).device
-    total, count, carried, was_training = 0.0, 0, None, model.training
+    total: Tensor | float = 0.0
+    count: Tensor | int = 0
+    carried: Carried = None
+    was_training = model.training
     model.eval()
     try:
         for batch in batches.epoch(0):

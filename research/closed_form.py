@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +55,8 @@ class ClosedFormModelling(LanguageModelling):
     def build(self, name: str) -> LanguageModel:
         model = super().build(name)
         if name == "qrnn":
-            model.rnn.layers = nn.ModuleList(map(by_closed_form, model.rnn.layers))
+            layers = cast(Sequence[QRNNLayer], model.rnn.layers)  # a ModuleList cannot say of what
+            model.rnn.layers = nn.ModuleList(map(by_closed_form, layers))
         return model
 
 

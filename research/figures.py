@@ -12,7 +12,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
-from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from pandas import DataFrame
 
 from benchmarks.record import Benchmark, NotMeasured
@@ -58,7 +58,9 @@ def draw_epochs(axis: Axes, runs: DataFrame) -> None:
         epochs, scores = zip(*((line["epoch"], line["valid_perplexity"]) for line in run["curve"]), strict=True)
         axis.plot(epochs, scores, label=label, **STYLES[run["model"]])
     axis.set(xlabel="epochs", ylabel="validation perplexity")
-    axis.xaxis.get_major_locator().set_params(integer=True)
+    locator = axis.xaxis.get_major_locator()
+    assert isinstance(locator, MaxNLocator)  # that of an axis without logarithms
+    locator.set_params(integer=True)
     log_axis(axis, "y", (1, 1.2, 1.5, 2, 3, 4, 5, 6, 7, 8, 9))
     axis.legend(frameon=False)
 
@@ -99,7 +101,7 @@ def draw_ablation(runs: DataFrame, path: Path) -> None:
         axis.plot(run["valid_perplexity"], row, **STYLES[run["model"]] | {"linestyle": ""}, label=label)
     log_axis(axis, "x", (1, 1.2, 1.5, 2, 2.5, 5))
     axis.set(xlabel=f"validation perplexity after an epoch\n(line: {reference})")
-    axis.xaxis.label.set_ha("right")
+    axis.xaxis.label.set_horizontalalignment("right")
     axis.xaxis.label.set_x(1)
     axis.set_yticks(range(len(runs)), runs.index, fontsize=8)
     axis.invert_yaxis()
@@ -111,7 +113,10 @@ def draw_context(content: dict[str, Any], path: Path) -> None:
     """The ratio of the perplexities against the number of words known, a line for each length of training."""
     figure, axis = plt.subplots(figsize=(WIDTH, 3.4), layout="constrained")
     axis.axhline(0, color="0.6", linewidth=1, zorder=0)
-    styles = ({"color": "0.5", "marker": "D", "linestyle": "--"}, {"color": "black", "marker": "o"})
+    styles: tuple[dict[str, Any], ...] = (
+        {"color": "0.5", "marker": "D", "linestyle": "--"},
+        {"color": "black", "marker": "o"},
+    )
     for study, style in zip(content["studies"].values(), styles, strict=True):
         percent = [100 * (ratio - 1) for ratio in study["ratio"]]
         errors = [100 * error for error in study["standard_error"]]

@@ -40,9 +40,10 @@ def trials(config: Config, count: int) -> list[dict[str, float]]:
         sampler = optuna.samplers.QMCSampler(qmc_type="sobol", scramble=True, seed=config.seed)
     study = optuna.create_study(sampler=sampler)
     preset = {name: getattr(config, name) for name in SPACE}
+    space: dict[str, optuna.distributions.BaseDistribution] = {**SPACE}
     # the value counts for nothing: the sampler reads the space from a finished trial
-    study.add_trial(optuna.trial.create_trial(params=preset, distributions=SPACE, value=0.0))
-    return [preset, *(study.ask(SPACE).params for _ in range(count - 1))]
+    study.add_trial(optuna.trial.create_trial(params=preset, distributions=space, value=0.0))
+    return [preset, *(study.ask(space).params for _ in range(count - 1))]
 
 
 def jobs(flags: Sequence[str], count: int) -> Jobs:

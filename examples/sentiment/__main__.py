@@ -57,7 +57,8 @@ class Prediction(NamedTuple):
 def predict(model: Classifier, batches: ReviewBatches) -> list[Prediction]:
     """What the model says of every review of a split. It is put into eval mode."""
     model.eval()
-    device, predictions = model.embedding.weight.device, []
+    device = model.embedding.weight.device
+    predictions: list[Prediction] = []
     for batch in batches.epoch(0):
         words, lengths, labels = batch
         positive = model(words.to(device), lengths.to(device)).cpu().double().sigmoid().tolist()
@@ -143,7 +144,7 @@ def accuracy_layout(fingerprint: dict[str, Any], best: dict[str, float]) -> Layo
 # --- the task --------------------------------------------------------------------------------------------------------
 
 
-class Sentiment(Task):
+class Sentiment(Task[Classifier]):
     """Tell positive reviews from negative ones.
 
     Args:
@@ -153,6 +154,9 @@ class Sentiment(Task):
         CorpusError: the reviews or the word vectors are not there, or not what they should be.
     """
 
+    config: Config
+    train: ReviewBatches
+    valid: ReviewBatches
     step = staticmethod(label_loss)
     hint = "That is long: it is meant for a GPU. On 2 CPU cores --preset mr takes about 10 minutes, --demo half of one."
 

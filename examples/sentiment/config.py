@@ -8,11 +8,11 @@ from typing import Annotated, ClassVar, Literal
 
 from examples.sentiment.data import FOLDS
 from lab.run import RunConfig
-from lab.settings import Count, Networks, Range, Words
+from lab.settings import Chosen, Count, Range, Words
 
 
 @dataclass(frozen=True)
-class Reading:
+class Reading(Chosen):
     """What is read."""
 
     preset: Literal["paper", "mr", "demo"] = "paper"
@@ -39,7 +39,7 @@ class Reading:
 
 
 @dataclass(frozen=True)
-class Config(RunConfig, Networks, Reading):  # in --help the fields of the last base come first
+class Config(RunConfig, Reading):  # in --help the fields of the last base come first
     """Train a QRNN and an LSTM to tell good reviews from bad ones, and compare them.
 
     A preset sets every value, each flag changes one. Results go to runs/NAME.

@@ -143,7 +143,8 @@ def synthetic(seed: int) -> Reviews:
         pairs = [_cue_sentence(rng) for _ in range(size)]
         splits.append([Review(words, label) for words, label, _ in pairs])
         best[name] = 100 * sum(label == majority for _, label, majority in pairs) / size
-    return Reviews(f"generated, seed {seed}", *splits, best)
+    train, valid, test = splits
+    return Reviews(f"generated, seed {seed}", train, valid, test, best)
 
 
 def _cue_sentence(rng: random.Random) -> tuple[list[str], int, int]:

@@ -36,8 +36,7 @@ from examples.translation.data import (
     read_parallel,
     reversed_strings,
 )
-from examples.translation.lstm_seq2seq import LSTMSeq2Seq
-from examples.translation.model import build_model, next_character_loss, recurrent_part
+from examples.translation.model import Translator, build_model, next_character_loss, recurrent_part
 from lab.checkpoint import write_file
 from lab.command_line import exit_code, parse
 from lab.report import Layout, fenced
@@ -46,7 +45,6 @@ from lab.run_folder import RunFolder
 from lab.settings import InputError
 from lab.training import evaluate, perplexity
 from qrnn.search import Hypothesis, beam_search
-from qrnn.seq2seq import QRNNSeq2Seq
 
 VOCABULARY = "vocabulary.json"
 NAMES = Config.names
@@ -73,7 +71,7 @@ def encode_source(config: Config, vocabulary: Vocabulary, text: str) -> Tensor:
     return torch.tensor(vocabulary.encode(text[::-1] if config.reverse else text))
 
 
-class Translating(Task):
+class Translating(Task[Translator]):
     """Translate a sentence, character by character.
 
     Args:
@@ -83,6 +81,8 @@ class Translating(Task):
         InputError, CorpusError: the data is not there, or not what it should be.
     """
 
+    config: Config
+    train: PairBatches
     step = staticmethod(next_character_loss)
     hint = "That is long: it is meant for a GPU. --preset small takes about an hour on 2 CPU cores."
 
@@ -119,13 +119,13 @@ class Translating(Task):
             for pair in pairs
         ]
 
-    def build(self, name: str) -> QRNNSeq2Seq | LSTMSeq2Seq:
+    def build(self, name: str) -> Translator:
         return build_model(self.config, name, len(self.vocabulary))
 
-    def recurrent(self, model: QRNNSeq2Seq | LSTMSeq2Seq) -> nn.ModuleList:
+    def recurrent(self, model: Translator) -> nn.ModuleList:
         return recurrent_part(model)
 
-    def judge(self, model: QRNNSeq2Seq | LSTMSeq2Seq, valid_loss: float, test: bool) -> dict[str, Any]:
+    def judge(self, model: Translator, valid_loss: float, test: bool) -> dict[str, Any]:
         samples, found = self.text.valid[:SAMPLES], self.translate(model, self.text.valid[:SAMPLES])
         shortest = min(range(len(samples)), key=lambda i: len(samples[i].source))
         return {
@@ -138,7 +138,7 @@ class Translating(Task):
             "attention": self.attention(samples[shortest].source, found[shortest]),
         }
 
-    def test_scores(self, model: QRNNSeq2Seq | LSTMSeq2Seq) -> dict[str, Any]:
+    def test_scores(self, model: Translator) -> dict[str, Any]:
         """What a finished model comes to on the test split."""
         loss = evaluate(model, self.step, self.test)
         started = time.perf_counter()
@@ -150,12 +150,13 @@ class Translating(Task):
             "search_seconds": seconds,
         }
 
-    def translate(self, model: nn.Module, pairs: list[Pair], progress: bool = False) -> list[Hypothesis]:
+    def translate(self, model: Translator, pairs: list[Pair], progress: bool = False) -> list[Hypothesis]:
         sources = [encode_source(self.config, self.vocabulary, pair.source) for pair in pairs]
         return translate(self.config, model, sources, progress)
 
     def attention(self, source: str, found: Hypothesis) -> dict[str, Any]:
         """The weights of a sentence in per cent, as JSON values: a line for each character that was written."""
+        assert found.attention is not None  # both models attend
         weights = found.attention.flip(1) if self.config.reverse else found.attention  # (n + 1, S)
         rows = (100 * weights).round().int().tolist()
         return {
@@ -165,7 +166,7 @@ class Translating(Task):
         }
 
 
-def translate(config: Config, model: nn.Module, sources: list[Tensor], progress: bool = False) -> list[Hypothesis]:
+def translate(config: Config, model: Translator, sources: list[Tensor], progress: bool = False) -> list[Hypothesis]:
     """The best translation of each source, (S_b,) int64, that a beam search finds."""
     device = next(model.parameters()).device
     order = sorted(range(len(sources)), key=lambda i: len(sources[i]), reverse=True)  # little padding

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 from lab.run import RunConfig
-from lab.settings import Count, InputError, KernelSize, Layers, Networks, Range, check_text
+from lab.settings import Chosen, Count, InputError, KernelSize, Layers, Range, check_text
 
 
 @dataclass(frozen=True)
-class Translation:
+class Translation(Chosen):
     """What is translated."""
 
     preset: Literal["paper", "small", "demo"] = "paper"
@@ -48,7 +48,7 @@ class Translation:
 
 
 @dataclass(frozen=True)
-class Config(RunConfig, Networks, Translation):  # in --help the fields of the last base come first
+class Config(RunConfig, Translation):  # in --help the fields of the last base come first
     """Train a QRNN and an LSTM to translate by characters, and compare them.
 
     A preset sets every value, each flag changes one. Results go to runs/NAME.

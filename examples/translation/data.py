@@ -202,7 +202,7 @@ class PairBatches:
             rng.shuffle(batches)
         for batch in batches:
             sources, targets = zip(*(self.pairs[i] for i in batch), strict=True)
-            expected = pad_sequence(targets, batch_first=True, padding_value=IGNORE)  # (B, T)
+            expected = pad_sequence(list(targets), batch_first=True, padding_value=IGNORE)  # (B, T)
             inputs = pad(expected[:, :-1], (1, 0), value=BOS)
             yield Batch(*pad_sources(sources), inputs.masked_fill(inputs == IGNORE, PAD), expected)
 

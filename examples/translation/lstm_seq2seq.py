@@ -27,8 +27,8 @@ class LSTMState(NamedTuple):
 
     def index_select(self, index: Tensor) -> LSTMState:
         """The state of the sequences `index`, (N,) int64, of the batch."""
-        layers = (part.index_select(1, index) for part in (self.h, self.c))
-        return LSTMState(*layers, self.keys.index_select(0, index), self.padding.index_select(0, index))
+        h, c = (part.index_select(1, index) for part in (self.h, self.c))
+        return LSTMState(h, c, self.keys.index_select(0, index), self.padding.index_select(0, index))
 
 
 class LSTMSeq2Seq(nn.Module):
@@ -93,11 +93,11 @@ class LSTMSeq2Seq(nn.Module):
         longer = (lengths > least).nonzero().flatten()  # (N,), rows
         if len(longer) == 0:
             return outputs, h, c
-        rest = pack_padded_sequence(
+        packed = pack_padded_sequence(
             x[longer, least:], lengths[longer].cpu() - least, batch_first=True, enforce_sorted=False
         )
-        rest, last = self.encoder(rest, (h.index_select(1, longer), c.index_select(1, longer)))
-        rest, _ = pad_packed_sequence(rest, batch_first=True)  # (N, S - least, H)
+        packed, last = self.encoder(packed, (h.index_select(1, longer), c.index_select(1, longer)))
+        rest, _ = pad_packed_sequence(packed, batch_first=True)  # (N, S - least, H)
         beyond = rest.new_zeros(len(x), *rest.shape[1:]).index_copy(0, longer, rest)
         h, c = (before.index_copy(1, longer, after) for before, after in zip((h, c), last, strict=True))
         return torch.cat([outputs, beyond], dim=1), h, c

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,6 +15,8 @@ from lab.batches import IGNORE
 from lab.run import count_parameters, matched_width
 from lab.training import Carried
 from qrnn.seq2seq import QRNNSeq2Seq
+
+Translator = QRNNSeq2Seq | LSTMSeq2Seq
 
 
 def build_qrnn(config: Config, hidden: int, vocabulary: int) -> QRNNSeq2Seq:
@@ -37,20 +41,21 @@ def build_lstm(config: Config, hidden: int, vocabulary: int) -> LSTMSeq2Seq:
     return LSTMSeq2Seq(vocabulary, vocabulary, config.embedding, hidden, config.layers, config.dropout)
 
 
-def build_model(config: Config, name: str, vocabulary: int) -> QRNNSeq2Seq | LSTMSeq2Seq:
+def build_model(config: Config, name: str, vocabulary: int) -> Translator:
     """The translator "qrnn" or "lstm", initialised from the seed."""
-    hidden, build = config.hidden, {"qrnn": build_qrnn, "lstm": build_lstm}[name]
+    builders: dict[str, Callable[[Config, int, int], Translator]] = {"qrnn": build_qrnn, "lstm": build_lstm}
+    hidden, build = config.hidden, builders[name]
     if name == "lstm" and config.match:
         with torch.device("meta"):
             target = count_parameters(recurrent_part(build_qrnn(config, hidden, vocabulary)))
         hidden = matched_width(target, lambda width: recurrent_part(build_lstm(config, width, vocabulary)))
     torch.manual_seed(config.seed)
     model = build(config, hidden, vocabulary)
-    model.hidden = hidden
+    model.hidden = hidden  # type: ignore[assignment]  # nn.Module is typed to have tensors and modules alone
     return model
 
 
-def recurrent_part(model: QRNNSeq2Seq | LSTMSeq2Seq) -> nn.ModuleList:
+def recurrent_part(model: Translator) -> nn.ModuleList:
     """All but the embeddings and the softmax."""
     outside = (model.source_embedding, model.target_embedding, model.output)
     return nn.ModuleList(child for child in model.children() if child not in outside)
