@@ -147,7 +147,7 @@ def draw_speed(benchmark: Benchmark, path: Path) -> None:
         axis.axhline(1, color="grey")
         for (cell, values), marker in zip(table.loc[part].items(), "osD^v", strict=False):
             axis.plot(values.index, values, marker=marker, label="{} x {}".format(*cell))
-        axis.set(ylabel="times as fast as nn.LSTM", ylim=(0, None))
+        axis.set(ylabel="times as fast as nn.LSTM", ylim=(0, 1.05 * table.max().max()))
         axis.set_title(part, fontsize=11)
         axis.grid(alpha=0.25)
     axes[-1].set(xlabel="units", xticks=table.loc[parts[0]].index)
