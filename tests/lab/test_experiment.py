@@ -394,7 +394,7 @@ def test_full_disk_is_one_line_and_the_run_goes_on_later(capsys, monkeypatch):
         patch.setattr(os, "fsync", full)
         assert main(arguments) == 1
     line = capsys.readouterr().err.splitlines()[-1]
-    assert line.startswith("error: runs/x/qrnn/last.tmp/") and "--resume" in line
+    assert line.startswith("error: runs/x/qrnn/last.tmp") and "--resume" in line
     assert main([*arguments, "--resume"]) == 0
 
 
