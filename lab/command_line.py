@@ -132,7 +132,7 @@ def _fail(message: str, code: int) -> int:
     """Say in one process what is wrong."""
     if _speaks():
         print(f"error: {message}", file=sys.stderr, flush=True)
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # threads of the process group can abort an exit that waits for them
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # else threads of the process group may abort the exit
             sys.stdout.flush()
             os._exit(code)
     _let_speak()
