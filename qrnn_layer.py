@@ -24,9 +24,9 @@ from torch import Tensor, nn
 
 METHODS = ("loop", "log", "blocked", "scan")
 MODES = {"f": 2, "fo": 3, "ifo": 4}  # mode -> blocks of the projection, in the order z, f, [i], [o]
-ACTIVATIONS = {"softplus": F.softplus, "identity": lambda a: a}
-ACTIVATIONS |= {name: getattr(torch, name) for name in ("exp", "sigmoid", "relu", "tanh")}
-SIGNED_ACTIVATIONS = ("tanh", "identity")  # all others give z >= 0, which needs no splitting
+ACTIVATIONS = {name: getattr(torch, name) for name in ("exp", "sigmoid", "relu", "tanh")} | {"identity": lambda a: a}
+ACTIVATIONS |= {"softplus": F.softplus, "shifted_softplus": lambda a: F.softplus(2 * a) - math.log(2), "elu": F.elu}
+SIGNED_ACTIVATIONS = ("shifted_softplus", "elu", "tanh", "identity")  # all others give z >= 0, which needs no splitting
 
 
 # --- the trick -------------------------------------------------------------------------------------------------------
@@ -60,10 +60,10 @@ class QRNNLayer(nn.Module):
         kernel_size: width K of the convolution. Step t sees the inputs t - K + 1 ... t, never a later one.
         mode: "f", "fo" or "ifo" (section 2 of the paper): which gates there are.
         zoneout: probability that a channel keeps its state for a step, in training (eq. 6, without rescaling).
-        activation: of the candidate: "softplus", "exp", "sigmoid", "relu", "tanh" (the paper's) or "identity".
-            Language models came out better with "tanh": see research/README.md.
-        bias, method: whether the projection has a bias; how to pool, see `pool`.
-        device, dtype: of the parameters.
+        activation: of the candidate: "softplus", "exp", "sigmoid", "relu"; of either sign "tanh" (the paper's), "elu",
+            "identity" and "shifted_softplus": softplus(2a) - log 2, which is > -log 2 and as tanh has value 0 and slope
+            1 at a = 0. Language models learned worse with slope 1/2, softplus(a) - log 2, and worst with softplus.
+        bias, method: whether the projection has a bias; how to pool, see `pool`. device, dtype: of the parameters.
     Raises TypeError or ValueError if an argument is of a wrong type or out of range.
     """
 

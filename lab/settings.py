@@ -137,7 +137,7 @@ class Networks:
     """QRNN: how many inputs each step sees, its own and those before it."""
     mode: Literal["f", "fo", "ifo"] = "fo"
     """QRNN: its gates, by their letters. f: forget. fo: forget and output. ifo: input, forget and output."""
-    activation: Literal["softplus", "exp", "sigmoid", "relu", "tanh", "identity"] = "tanh"
+    activation: Literal["softplus", "shifted_softplus", "exp", "sigmoid", "relu", "tanh", "elu", "identity"] = "tanh"
     """QRNN: function that makes the candidate, the new value that the gates let in. The paper's is tanh;
     a positive one is pooled faster in log space."""
     zoneout: Probability = 0.0

@@ -20,6 +20,7 @@ Where the plain layer takes over: see `FastQRNNLayer`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -49,8 +50,18 @@ def _softplus_backward(grad: Tensor, z: Tensor, out: Tensor) -> None:
     torch.mul(grad, torch.neg(z).expm1_(), out=out).neg_()  # sigmoid(a) = 1 - exp(-softplus(a))
 
 
+def _shifted_softplus(a: Tensor) -> None:
+    aten.softplus.out(a.mul_(2), 1, 20, out=a).sub_(math.log(2))
+
+
+def _shifted_softplus_backward(grad: Tensor, z: Tensor, out: Tensor) -> None:
+    torch.mul(grad, torch.neg(z).exp_().neg_().add_(2), out=out)  # 2 sigmoid(2a) = 2 - exp(-z)
+
+
 ACTIVATIONS = {
     "softplus": _Activation(lambda a: aten.softplus.out(a, 1, 20, out=a), _softplus_backward),
+    "shifted_softplus": _Activation(_shifted_softplus, _shifted_softplus_backward),
+    "elu": _Activation(F.elu_, lambda grad, z, out: aten.elu_backward(grad, 1, 1, 1, True, z, grad_input=out)),
     "exp": _Activation(torch.exp_, lambda grad, z, out: torch.mul(grad, z, out=out)),
     "sigmoid": _Activation(torch.sigmoid_, lambda grad, z, out: aten.sigmoid_backward(grad, z, grad_input=out)),
     "relu": _Activation(torch.relu_, lambda grad, z, out: aten.threshold_backward(grad, z, 0, grad_input=out)),
