@@ -13,6 +13,8 @@ ptb        both models on the Penn Treebank as one stream, 15 epochs; 1 h
 ptb_short  the same with more forms of the QRNN, 3 epochs; 1/2 h
 wikitext2  both models on WikiText-2 as one stream with all its words; 1 1/2 h
 first_kernel  the QRNN of seeds with a first layer that sees one word, three seeds; 1/2 h
+candidates      candidates of the QRNN, one epoch, two seeds; 1/2 h
+ptb_candidates  the same on the Penn Treebank as one stream, 3 epochs, one seed; 1/2 h
 
 --data is a folder with the files of WikiText-2, for numerics, ptb and ptb_short of the Penn Treebank.
 """
@@ -51,6 +53,7 @@ SEEDED = tuple(product(range(3), ("qrnn", "lstm")))
 STREAM = "--protocol stream --vocabulary None"
 DROPOUT = "--dropout {0} --dropout-embedding {0} --dropout-output {0}"  # the same in all three places
 STREAMED = f"{SMALL} {STREAM} --embedding 256 --batch-size 20 --bptt 70"  # as published numbers have it
+PTB_WIDTH = 359  # of two layers, the first of which sees one word
 PTB = f"{STREAMED} --corpus ptb --lr 4e-3 {DROPOUT.format(0.4)}"
 
 
@@ -58,7 +61,7 @@ class Job(NamedTuple):
     """A run: its flags, and what to run."""
 
     flags: str
-    module: str = "experiment"
+    module: str = "experiment"  # and, after a space, arguments that come before the flags
 
 
 Jobs = dict[str, Job]  # by what the tables call them
@@ -191,9 +194,42 @@ def first_kernel() -> Jobs:
     return {f"QRNN, seed {seed}": Job(f"{flags} --seed {seed}") for seed in range(3)}
 
 
+SHIFTED = "--activation shifted_softplus"
+CANDIDATES = {name: Job(f"--activation {name}") for name in ("tanh", "shifted_softplus", "elu", "softplus")}
+CANDIDATES |= {f"shifted_softplus, slope {slope}": Job(SHIFTED, f"research.slope {slope}") for slope in (1, 3, 4)}
+
+
+def candidates() -> Jobs:
+    """The candidates of the preset small; its first layer sees one word, as that of `QRNN` does by default."""
+    flags = f"{SHORT} qrnn --first-kernel-size 1 --hidden 292"
+    return {
+        f"{label}, seed {seed}": Job(f"{flags} {job.flags} --seed {seed}", job.module)
+        for seed in range(2)
+        for label, job in CANDIDATES.items()
+    }
+
+
+def ptb_candidates() -> Jobs:
+    """The width gives these QRNNs as many recurrent parameters as those of `ptb`."""
+    flags = f"{PTB} --epochs 3 --no-test --models qrnn --first-kernel-size 1 --hidden {PTB_WIDTH}"
+    return {label: Job(f"{flags} {job.flags}", job.module) for label, job in CANDIDATES.items()}
+
+
 STUDIES: dict[str, Callable[[], Jobs]] = {
     study.__name__: study
-    for study in (seeds, ablation, longer, tuned, numerics, ptb, ptb_short, wikitext2, first_kernel)
+    for study in (
+        seeds,
+        ablation,
+        longer,
+        tuned,
+        numerics,
+        ptb,
+        ptb_short,
+        wikitext2,
+        first_kernel,
+        candidates,
+        ptb_candidates,
+    )
 }
 
 
@@ -267,7 +303,7 @@ def perform(name: str, job: Job, data: Path) -> dict[str, Any]:
             threads = max(1, (os.cpu_count() or 1) // JOBS)
             environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
             flags = [*job.flags.split(), "--data", str(data), "--name", name, "--resume"]
-            command = [sys.executable, "-m", job.module, *flags]
+            command = [sys.executable, "-m", *job.module.split(), *flags]
             code = subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=log).returncode
             if code:
                 log.seek(0)
