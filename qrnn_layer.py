@@ -26,7 +26,7 @@ METHODS = ("loop", "log", "blocked", "scan")
 MODES = {"f": 2, "fo": 3, "ifo": 4}  # mode -> blocks of the projection, in the order z, f, [i], [o]
 ACTIVATIONS = {name: getattr(torch, name) for name in ("exp", "sigmoid", "relu", "tanh")} | {"identity": lambda a: a}
 ACTIVATIONS |= {"softplus": F.softplus, "shifted_softplus": lambda a: F.softplus(2 * a) - math.log(2), "elu": F.elu}
-SIGNED_ACTIVATIONS = ("shifted_softplus", "elu", "tanh", "identity")  # all others give z >= 0, which needs no splitting
+FLOORS = {"tanh": -1, "elu": -1, "shifted_softplus": -math.log(2), "identity": -math.inf}  # z >= floor; 0 of all others
 
 
 # --- the trick -------------------------------------------------------------------------------------------------------
@@ -60,10 +60,11 @@ class QRNNLayer(nn.Module):
         kernel_size: width K of the convolution. Step t sees the inputs t - K + 1 ... t, never a later one.
         mode: "f", "fo" or "ifo" (section 2 of the paper): which gates there are.
         zoneout: probability that a channel keeps its state for a step, in training (eq. 6, without rescaling).
-        activation: of the candidate: "softplus", "exp", "sigmoid", "relu"; of either sign "tanh" (the paper's), "elu",
-            "identity" and "shifted_softplus": softplus(2a) - log 2, which is > -log 2 and as tanh has value 0 and slope
-            1 at a = 0. Language models learned worse with slope 1/2, softplus(a) - log 2, and worst with softplus.
-        bias, method: whether the projection has a bias; how to pool, see `pool`. device, dtype: of the parameters.
+        activation: of the candidate: "softplus", "exp", "sigmoid", "relu"; of any sign "tanh" (the paper's), "elu",
+            "identity" and "shifted_softplus": softplus(2a) - log 2, never below -log 2, and 0 with slope 1 at a = 0, as
+            tanh. With softplus(a) - log 2, of slope 1/2, language models learned worse, and worst with softplus.
+        bias, method: whether the projection has a bias; how to pool, see `pool`. In "f" and "fo", where z >= -s, errors
+            of "log" and "blocked" are relative to the same pooling of |z| + s. device, dtype: of the parameters.
     Raises TypeError or ValueError if an argument is of a wrong type or out of range.
     """
 
@@ -173,7 +174,9 @@ class QRNNLayer(nn.Module):
         return self._pool(log_f, i * z, c0, keep), o
 
     def _pool(self, log_f: Tensor, x: Tensor, c0: Tensor, keep: Tensor | None) -> Tensor:
-        return _recurrence(log_f, x, c0, self.method, 64, self.activation not in SIGNED_ACTIVATIONS, keep)
+        floor = FLOORS.get(self.activation, 0)
+        floor = -math.inf if self.mode == "ifo" and floor < 0 else floor  # for i may exceed 1 - f
+        return _recurrence(log_f, x, c0, self.method, 64, floor, keep)
 
     def _check_input(self, x: Tensor, state: QRNNState | None) -> QRNNState:
         device, dtype = self.weight.device, self.weight.dtype
@@ -204,21 +207,20 @@ def pool(
         log_f: (B, T, H), any floating dtype: logs of the forget gates, <= 0. -inf is a gate of exactly 0, a reset.
         log_x: (B, T, H), same dtype and device: logs of what enters, -87 to 88 in float32. -inf: nothing enters.
         h0: (B, H), same dtype and device, any sign: the state before the first step. Default: zeros.
-        method: how to compute it. All give the same h and gradients up to rounding, and stay finite.
+        method, block_size: how to compute it. All give the same h and gradients up to rounding, and stay finite.
             "loop": the definition, step by step.
             "log": `closed_form` of the whole sequence. Its error grows with T: relative, it is at most
             4 eps (1 + log T + max |c_t| + max |log_x_t|), c_t the running sum of log_f. A gate of 0 counts as 1e-38.
-            "blocked": `closed_form` inside blocks, in float64: 1e-5 for any T.
+            "blocked": `closed_form` inside blocks of `block_size` steps, in float64: 1e-5 for any T.
             "scan": odd-even scan of log gates and plain states: 5e-6 for any T. Products that underflow are lost: of
             x = 1e36 four gates of 3e-12 leave 0 here, and the right 8e-11 in the log forms.
             "auto": "scan", the fastest on a CPU; on CUDA "blocked", not measured yet, but "scan" if deterministic.
-        block_size: time steps a block, "blocked" only.
         check: also check values, which makes a GPU wait. Unchecked, log_f > 0, NaN and inf are computed as they stand.
     Returns h, (B, T, H), in the dtype of log_f. bfloat16 and float16 are pooled in float32 and cast back.
     Raises TypeError if an argument is no tensor, ShapeError if one does not fit, ValueError for a wrong value.
     """
     f, x, state = _checked(method, block_size, check, {"log_f": log_f, "log_x": log_x}, h0)
-    return _recurrence(f, x.exp(), state, method, block_size, positive=True).to(log_f.dtype)
+    return _recurrence(f, x.exp(), state, method, block_size, floor=0).to(log_f.dtype)
 
 
 def signed_pool(
@@ -253,26 +255,28 @@ def _loop(log_f: Tensor, x: Tensor, h0: Tensor) -> Tensor:
     return torch.stack(steps, dim=1)
 
 
-def _blocked(log_f: Tensor, x: Tensor, h0: Tensor, positive: bool, block_size: int) -> Tensor:
+def _blocked(log_f: Tensor, x: Tensor, h0: Tensor, floor: float, block_size: int) -> Tensor:
     """The closed form inside blocks, the scan from block to block; in float64, for a log c is off by eps |c|."""
     (batch_size, length, channels), block_size = x.shape, min(block_size, x.shape[1])
     shape = batch_size, -(-length // block_size), block_size, channels
     f_blocks, x_blocks = (F.pad(a, (0, 0, 0, -length % block_size)).double().reshape(shape) for a in (log_f, x))
-    h, c = _closed_form_of_any_sign(f_blocks, x_blocks, positive)  # as if every block started from 0
+    h, c = _closed_form_of_any_sign(f_blocks, x_blocks, floor)  # as if every block started from 0
     ends = _scan(c[:, :, -1], h[:, :, -1], h0.double())  # (B, blocks, H), the true state after each block
     starts = torch.cat([h0.double().unsqueeze(1), ends[:, :-1]], dim=1)
     h = (h + c.exp() * starts.unsqueeze(2)).reshape(batch_size, shape[1] * block_size, channels)
     return h.narrow(1, 0, length).to(x.dtype)
 
 
-def _closed_form_of_any_sign(log_f: Tensor, x: Tensor, positive: bool) -> tuple[Tensor, Tensor]:
-    """Split x = x+ - x-, pool both halves at once, subtract; return h and c."""
+def _closed_form_of_any_sign(log_f: Tensor, x: Tensor, floor: float) -> tuple[Tensor, Tensor]:
+    """Return h, from h_0 = 0, and c, for x >= (1 - f) floor; only what is not negative has a log."""
     log_f = log_f.clamp(min=math.log(torch.finfo(log_f.dtype).tiny))  # for -inf - (-inf) would be NaN
-    if positive:
-        log_h, c = closed_form(log_f, x.log())
-        return log_h.exp(), c
-    log_h, c = closed_form(log_f, torch.stack([x, -x]).clamp(min=0).log())  # (2, ..., T, H)
-    return log_h[0].exp() - log_h[1].exp(), c
+    if floor == -math.inf:  # none: pool max(x, 0) and max(-x, 0) at once, and subtract
+        log_h, c = closed_form(log_f, torch.stack([x, -x]).clamp(min=0).log())  # (2, ..., T, H)
+        return log_h[0].exp() - log_h[1].exp(), c
+    if floor:  # an average moves with its inputs: x - (1 - f) floor, which is >= 0, pools to h - (1 - exp(c)) floor
+        x = (x + floor * log_f.expm1()).clamp(min=0)
+    log_h, c = closed_form(log_f, x.log())
+    return log_h.exp() - floor * c.expm1() if floor else log_h.exp(), c
 
 
 def _scan(log_f: Tensor, x: Tensor, h0: Tensor) -> Tensor:
@@ -310,16 +314,14 @@ class _Pool(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(log_f: Tensor, x: Tensor, h0: Tensor, keep: Tensor | None, method: str, size: int, positive: bool):
-        if method == "loop":
-            h = _loop(log_f, x, h0)
-        elif method == "scan":
-            h = _scan(log_f, x, h0)
-        elif method == "blocked":
-            h = _blocked(log_f, x, h0, positive, size)
-        else:  # h0 enters as exp(c_t) h0, which needs no sign
-            h, c = _closed_form_of_any_sign(log_f, x, positive)
+    def forward(log_f: Tensor, x: Tensor, h0: Tensor, keep: Tensor | None, method: str, size: int, floor: float):
+        if method == "log":  # h0 enters as exp(c_t) h0, which needs no sign
+            h, c = _closed_form_of_any_sign(log_f, x, floor)
             h = h + c.exp() * h0.unsqueeze(1)
+        elif method == "blocked":
+            h = _blocked(log_f, x, h0, floor, size)
+        else:
+            h = (_loop if method == "loop" else _scan)(log_f, x, h0)
         return _hold(h, h0, keep)
 
     @staticmethod
@@ -339,12 +341,10 @@ class _Pool(torch.autograd.Function):
 
     @staticmethod
     def vmap(info, in_dims, *inputs):
-        def fold(array: Tensor | None, dim: int | None) -> Tensor | None:  # the mapped dimension joins the batch
-            if array is not None:
-                array = array.expand(info.batch_size, *array.shape) if dim is None else array.movedim(dim, 0)
-            return array if array is None else array.flatten(0, 1)
+        def fold(array: Tensor, dim: int | None) -> Tensor:  # the mapped dimension joins the batch
+            return (array.expand(info.batch_size, *array.shape) if dim is None else array.movedim(dim, 0)).flatten(0, 1)
 
-        log_f, x, h0, keep = map(fold, inputs[:4], in_dims[:4])
+        log_f, x, h0, keep = (a if a is None else fold(a, dim) for a, dim in zip(inputs[:4], in_dims[:4], strict=True))
         return _recurrence(log_f, x, h0, *inputs[4:], keep).unflatten(0, (info.batch_size, -1)), 0  # type: ignore[call-arg]
 
 
@@ -358,8 +358,8 @@ class _PoolForwardMode(_Pool):
         return _recurrence(log_f, x_tangent, h0_tangent, ctx.method, ctx.block_size)
 
 
-def _recurrence(log_f, x, h0, method: str, block_size: int = 64, positive: bool = False, keep: Tensor | None = None):
-    """Return h of h_t = f_t h_{t-1} + x_t, (B, T, H). `positive` promises x >= 0; where `keep`, f = 1 and x = 0."""
+def _recurrence(log_f, x, h0, method: str, block_size: int = 64, floor: float = -math.inf, keep: Tensor | None = None):
+    """Return h of h_t = f_t h_{t-1} + x_t, (B, T, H), for x >= (1 - f) floor. Where `keep`, f must be 1 and x 0."""
     if x.shape[1] == 0:
         return x * log_f + h0.unsqueeze(1)  # empty, and still a function of all three
     if torch.jit.is_tracing():  # the older exporters lose writes in place, and cannot save a derivative of one's own
@@ -367,7 +367,7 @@ def _recurrence(log_f, x, h0, method: str, block_size: int = 64, positive: bool 
     if method == "auto":  # see `pool`
         method = "blocked" if x.is_cuda and not torch.are_deterministic_algorithms_enabled() else "scan"
     function = _Pool if torch.compiler.is_compiling() else _PoolForwardMode
-    return function.apply(log_f, x, h0, keep, method, block_size, positive)
+    return function.apply(log_f, x, h0, keep, method, block_size, floor)
 
 
 def _hold(h: Tensor, h0: Tensor, keep: Tensor | None) -> Tensor:

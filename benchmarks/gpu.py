@@ -83,22 +83,22 @@ class Record:
 # --- the ways to pool ------------------------------------------------------------------------------------------------
 
 
-def _float32_blocks(log_f: Tensor, x: Tensor, h0: Tensor, positive: bool) -> Tensor:
+def _float32_blocks(log_f: Tensor, x: Tensor, h0: Tensor, floor: float) -> Tensor:
     """The closed form in float32 blocks of 16, short enough for its logs to keep their digits."""
     log_f, x = (array.unflatten(1, (-1, 16)) for array in (log_f, x))
-    h, c = _closed_form_of_any_sign(log_f, x, positive)
+    h, c = _closed_form_of_any_sign(log_f, x, floor)
     ends = _scan(c[:, :, -1], h[:, :, -1], h0)
     starts = torch.cat([h0.unsqueeze(1), ends[:, :-1]], dim=1).unsqueeze(2)
     return torch.addcmul(h, c.exp(), starts).flatten(1, 2)
 
 
-def _whole_in_float64(log_f: Tensor, x: Tensor, h0: Tensor, positive: bool) -> Tensor:
+def _whole_in_float64(log_f: Tensor, x: Tensor, h0: Tensor, floor: float) -> Tensor:
     """The closed form of the whole sequence at once."""
-    h, c = _closed_form_of_any_sign(log_f.double(), x.double(), positive)
+    h, c = _closed_form_of_any_sign(log_f.double(), x.double(), floor)
     return (h + c.exp() * h0.unsqueeze(1)).to(x.dtype)
 
 
-def _associative_scan(mode: str, log_f: Tensor, x: Tensor, h0: Tensor, positive: bool) -> Tensor:
+def _associative_scan(mode: str, log_f: Tensor, x: Tensor, h0: Tensor, floor: float) -> Tensor:
     from torch._higher_order_ops import associative_scan  # a prototype: not public yet
 
     def combine(left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -121,7 +121,7 @@ class Derived(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, log_f: Tensor, x: Tensor, h0: Tensor, solver: str) -> Tensor:
-        h = SOLVERS[solver](log_f, x, h0, positive=True)
+        h = SOLVERS[solver](log_f, x, h0, floor=0)
         ctx.solver = solver
         ctx.save_for_backward(log_f, h0, h)
         return h
@@ -130,7 +130,7 @@ class Derived(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         log_f, h0, h = ctx.saved_tensors
         log_f_next = torch.cat([log_f[:, :1], log_f[:, 1:].flip(1)], dim=1)
-        delta = SOLVERS[ctx.solver](log_f_next, grad.flip(1), torch.zeros_like(h0), positive=False).flip(1)
+        delta = SOLVERS[ctx.solver](log_f_next, grad.flip(1), torch.zeros_like(h0), floor=-math.inf).flip(1)
         f_delta = log_f.exp() * delta
         return f_delta * torch.cat([h0.unsqueeze(1), h[:, :-1]], dim=1), delta, f_delta[:, 0], None
 
@@ -138,7 +138,7 @@ class Derived(torch.autograd.Function):
 def way(name: str) -> Way:
     if name in SOLVERS:
         return lambda log_f, x, h0: Derived.apply(log_f, x, h0, name)
-    return lambda log_f, x, h0: _recurrence(log_f, x, h0, name, 64, positive=True)
+    return lambda log_f, x, h0: _recurrence(log_f, x, h0, name, 64, floor=0)
 
 
 WAYS: dict[str, Way] = {name: way(name) for name in (*METHODS, *SOLVERS)}

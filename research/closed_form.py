@@ -23,7 +23,7 @@ from lab.language_model import LanguageModel
 from lab.presets import PRESETS
 from lab.run import run
 from lab.settings import InputError
-from qrnn_layer import SIGNED_ACTIVATIONS, QRNNLayer, closed_form
+from qrnn_layer import FLOORS, QRNNLayer, closed_form
 
 
 class ClosedFormLayer(QRNNLayer):
@@ -65,7 +65,7 @@ def main(arguments: Sequence[str]) -> int:
 
     def command() -> int:
         config = parse(arguments, PRESETS)
-        if config.activation in SIGNED_ACTIVATIONS:
+        if config.activation in FLOORS:
             raise InputError(
                 f"--activation {config.activation}: softplus or another one that is never negative expected"
             )

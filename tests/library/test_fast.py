@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import qrnn_layer
 from qrnn import convolution, fast
 from qrnn.fast import ACTIVATIONS, FastQRNNLayer
 from qrnn_layer import QRNNLayer
@@ -71,6 +72,18 @@ def test_same_numbers_as_the_plain_layer(kernel_size, mode, steps, dtype):
 def test_every_activation(activation, mode):
     layer = built(mode=mode, activation=activation)
     assert_same(layer, *drawn(layer, 20))
+
+
+@pytest.mark.parametrize("activation", sorted(ACTIVATIONS.keys() - {"exp"}))
+def test_candidates_at_both_ends_of_their_range(activation):
+    layer = built(activation=activation, dtype=torch.float32)  # F.softplus is a from 20 on, 2e-9 too little
+    with torch.no_grad():
+        layer.bias[:HIDDEN] = torch.tensor([-100, -10, 0, 10, 100])
+    assert_same(layer, *drawn(layer, 20))
+
+
+def test_both_layers_have_the_same_activations():
+    assert set(ACTIVATIONS) == set(qrnn_layer.ACTIVATIONS)
 
 
 @pytest.mark.parametrize("mode", ["f", "fo", "ifo"])

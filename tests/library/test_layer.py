@@ -56,10 +56,11 @@ def test_layer_is_the_papers(mode, activation, kernel_size):
 
 
 @pytest.mark.parametrize("method", ("auto", *METHODS))
-@pytest.mark.parametrize("activation", ("softplus", "tanh"))
-def test_method_does_not_matter(method, activation):
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@every_mode
+def test_method_does_not_matter(mode, activation, method):
     torch.manual_seed(0)
-    layer = QRNNLayer(4, 6, mode="ifo", activation=activation, method=method)
+    layer = QRNNLayer(4, 6, mode=mode, activation=activation, method=method)
     x = torch.randn(3, 40, 4)
     torch.testing.assert_close(layer(x)[0].double(), reference_layer(layer, x)[0], rtol=1e-4, atol=1e-5)
 
@@ -152,11 +153,12 @@ def test_zoneout_of_one_freezes_the_state():
 
 @pytest.mark.parametrize("training", (False, True))
 @pytest.mark.parametrize("kernel_size", (1, 2, 5))
+@pytest.mark.parametrize("activation", ("softplus", "tanh"))
 @pytest.mark.parametrize("method", METHODS)
 @every_mode
-def test_padding_is_never_seen(mode, method, kernel_size, training):
+def test_padding_is_never_seen(mode, method, activation, kernel_size, training):
     torch.manual_seed(0)
-    layer = QRNNLayer(4, 6, kernel_size, mode, method=method).train(training).double()
+    layer = QRNNLayer(4, 6, kernel_size, mode, method=method, activation=activation).train(training).double()
     lengths = torch.tensor([9, 1, 0, 5])
     x = torch.randn(4, 9, 4, dtype=torch.float64)
     for row, length in enumerate(lengths):
@@ -350,12 +352,13 @@ def test_sizes_are_of_any_integer_type():
     assert [type(size) for size in (layer.input_size, layer.hidden_size, layer.kernel_size)] == [int] * 3
 
 
+@pytest.mark.parametrize("activation", ("softplus", "tanh", "identity"))  # pooled as it is, shifted, and in halves
 @every_mode
 @every_method
-def test_a_channel_that_stays_keeps_its_state_to_the_bit(method, mode):
+def test_a_channel_that_stays_keeps_its_state_to_the_bit(method, mode, activation):
     """Zoned out at every other step or padded: a scan comes to each step on a path of its own."""
     torch.manual_seed(0)
-    layer = QRNNLayer(4, 40, mode=mode, method=method, zoneout=0.5)
+    layer = QRNNLayer(4, 40, mode=mode, method=method, zoneout=0.5, activation=activation)
     seen, c0 = torch.randn(8, 34, 4), torch.randn(8, 40)
     keep = torch.rand(8, 33, 40) < 0.5
     c, _ = layer._cells(layer._project(seen), c0, keep)
