@@ -138,8 +138,8 @@ class Networks:
     mode: Literal["f", "fo", "ifo"] = "fo"
     """QRNN: its gates, by their letters. f: forget. fo: forget and output. ifo: input, forget and output."""
     activation: Literal["softplus", "shifted_softplus", "exp", "sigmoid", "relu", "tanh", "elu", "identity"] = "tanh"
-    """QRNN: function that makes the candidate, the new value that the gates let in. The paper's is tanh;
-    a positive one is pooled faster in log space."""
+    """QRNN: function that makes the candidate, the new value that the gates let in. The paper's is tanh.
+    In log space, one without a lower bound (identity; in the mode ifo all that can be negative) is pooled slower."""
     zoneout: Probability = 0.0
     """QRNN: probability that a unit keeps its state for a step, in training."""
     method: Literal["auto", "loop", "log", "blocked", "scan"] = "auto"
