@@ -21,6 +21,7 @@ from lab.batches import SentenceBatches, StreamBatches, build_vocabulary, encode
 from lab.command_line import exit_code, parse
 from lab.corpora import Corpus, load_corpus, split_sentences
 from lab.dense_lstm import DenseLSTM
+from lab.initial import initialise
 from lab.language_model import LanguageModel, generate, next_word_loss
 from lab.presets import PRESETS, Config
 from lab.report import Layout, fenced
@@ -103,7 +104,7 @@ def dropout_between(config: Config) -> float:
 
 
 def build_qrnn(config: Config, hidden: int) -> QRNN:
-    rnn = QRNN(
+    return QRNN(
         config.embedding,
         hidden,
         config.layers,
@@ -117,28 +118,13 @@ def build_qrnn(config: Config, hidden: int) -> QRNN:
         dense=config.dense,
         method=config.method,
     )
-    for layer in rnn.layers:
-        assert layer.bias is not None  # unless asked for, there is none without
-        raise_forget_bias(layer.bias, hidden, config.forget_bias)
-    return rnn
 
 
 def build_lstm(config: Config, hidden: int) -> nn.LSTM | DenseLSTM:
     dropout = dropout_between(config)
     if config.dense:
-        lstm: nn.LSTM | DenseLSTM = DenseLSTM(config.embedding, hidden, config.layers, dropout)
-    else:
-        lstm = nn.LSTM(config.embedding, hidden, config.layers, batch_first=True, dropout=dropout)
-    for name, parameter in lstm.named_parameters():
-        if "bias_ih" in name:
-            raise_forget_bias(parameter, hidden, config.forget_bias)
-    return lstm
-
-
-@torch.no_grad()
-def raise_forget_bias(bias: torch.Tensor, hidden: int, by: float) -> None:
-    """Of a layer of either kind: the rows of its forget gate are the second `hidden` ones."""
-    bias[hidden : 2 * hidden] += by
+        return DenseLSTM(config.embedding, hidden, config.layers, dropout)
+    return nn.LSTM(config.embedding, hidden, config.layers, batch_first=True, dropout=dropout)
 
 
 def build_model(config: Config, name: str, vocabulary: int) -> LanguageModel:
@@ -149,8 +135,10 @@ def build_model(config: Config, name: str, vocabulary: int) -> LanguageModel:
             target = count_parameters(build_qrnn(config, hidden))
         hidden = matched_width(target, lambda width: build_lstm(config, width))
     torch.manual_seed(config.seed)
+    rnn = build(config, hidden)
+    initialise(rnn, config)
     return LanguageModel(
-        build(config, hidden),
+        rnn,
         hidden,
         vocabulary,
         config.embedding,

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from lab.run import RunConfig
-from lab.settings import Chosen, Count, KernelSize, Probability, Range, Words, check_text
+from lab.settings import Chosen, Count, KernelSize, Probability, Words, check_text
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,6 @@ class LanguageModelling(Chosen):
     """Sentences (or rows of the stream) that a step reads, over all processes together."""
     bptt: Count = 105
     """stream: how many words of each row a step reads."""
-    forget_bias: Annotated[float, Range(low=-20, high=20)] = 0.0
-    """Number added to the bias of the forget gates at the start, in either model; more remembers longer."""
     dense: bool = False
     """Feed each layer with the word vectors and the outputs of all layers before it, in either model.
     The width stays, so there are more parameters."""

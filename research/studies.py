@@ -368,8 +368,9 @@ def settings(job: Job) -> dict[str, Any]:
     """Return all that decides about the numbers, but the text; raises InputError: a wrong flag."""
     chosen = parse(job.flags.split(), PRESETS).deciding()
     del chosen["preset"]
-    if chosen["first_kernel_size"] is None:  # as in the runs on record, which had no such flag
-        del chosen["first_kernel_size"]
+    for name, value in (("first_kernel_size", None), ("initialisation", "uniform")):
+        if chosen[name] == value:  # as in the runs on record, which had no such flag
+            del chosen[name]
     return chosen
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from examples.sentiment.config import Config
 from examples.sentiment.data import Batch
 from lab.dense_lstm import DenseLSTM
+from lab.initial import initialise
 from lab.run import count_parameters, matched_width
 from lab.training import Carried
 from qrnn import QRNN
@@ -76,7 +77,9 @@ def build_model(config: Config, name: str, vocabulary: int) -> Classifier:
             target = count_parameters(build_qrnn(config, hidden))
         hidden = matched_width(target, lambda width: build_lstm(config, width))
     torch.manual_seed(config.seed)
-    return Classifier(build(config, hidden), hidden, vocabulary, config.embedding, config.dropout)
+    rnn = build(config, hidden)
+    initialise(rnn, config)
+    return Classifier(rnn, hidden, vocabulary, config.embedding, config.dropout)
 
 
 def label_loss(model: nn.Module, batch: Batch, carried: Carried) -> tuple[Tensor, Tensor, Carried]:

@@ -12,6 +12,7 @@ from examples.translation.config import Config
 from examples.translation.data import Batch
 from examples.translation.lstm_seq2seq import LSTMSeq2Seq
 from lab.batches import IGNORE
+from lab.initial import initialise
 from lab.run import count_parameters, matched_width
 from lab.training import Carried
 from qrnn.seq2seq import QRNNSeq2Seq
@@ -51,6 +52,7 @@ def build_model(config: Config, name: str, vocabulary: int) -> Translator:
         hidden = matched_width(target, lambda width: recurrent_part(build_lstm(config, width, vocabulary)))
     torch.manual_seed(config.seed)
     model = build(config, hidden, vocabulary)
+    initialise(model, config)
     model.hidden = hidden  # type: ignore[assignment]  # nn.Module is typed to have tensors and modules alone
     return model
 

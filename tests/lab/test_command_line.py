@@ -150,6 +150,7 @@ NUMBERS = {  # flag -> values that are out of range, whatever the experiment
     "warmup": (-0.1, 1.1, float("nan")),
     "dropout": (-0.1, 1.1, float("inf"), float("nan")),
     "zoneout": (-0.1, 1.1, float("inf"), float("nan")),
+    "forget_bias": (float("inf"), 1e9, float("nan")),
     "checkpoint_minutes": (-1.0, float("inf"), float("nan")),
 }
 OF_ONE = {
@@ -159,7 +160,6 @@ OF_ONE = {
         "first_kernel_size": (0, HUGE),
         "dropout_embedding": (1.5,),
         "dropout_output": (1.5,),
-        "forget_bias": (float("inf"), 1e9, float("nan")),
     },
     "sentiment": {"fold": (-1, 10), "vocabulary": (0, 2)},
     "translation": {

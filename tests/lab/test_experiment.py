@@ -214,6 +214,23 @@ def test_forget_bias_is_for_both_models():
             torch.testing.assert_close(after[key], expected, rtol=0, atol=0, msg=f"{name} {key}")
 
 
+def test_initial_weights_of_glorot_are_for_both_models():
+    config = parse(["--preset", "small", "--hidden", "40", "--initialisation", "xavier", "--forget-bias", "2"], PRESETS)
+    for name in ("qrnn", "lstm"):
+        model = build_model(config, name, 10)
+        for key, parameter in model.rnn.named_parameters():
+            blocks = parameter.detach().chunk(3 if name == "qrnn" else 4)
+            for index, block in enumerate(blocks):
+                if "bias" in key:
+                    raised = index == 1 and "bias_hh" not in key
+                    assert block.unique().tolist() == [2.0 if raised else 0.0], key
+                elif "weight_hh" in key:
+                    torch.testing.assert_close(block @ block.T, torch.eye(model.hidden), atol=1e-5, rtol=0)
+                else:
+                    bound = (6 / sum(block.shape)) ** 0.5
+                    assert 0.98 * bound < block.abs().max() <= bound, key
+
+
 def test_the_first_layer_can_see_fewer_words():
     config = replace(PRESETS["demo"], layers=3, first_kernel_size=1)
     assert [layer.kernel_size for layer in build_qrnn(config, 8).layers] == [1, 2, 2]
