@@ -209,11 +209,19 @@ def candidates() -> Jobs:
         for seed in range(2)
         for name in ("tanh", "shifted_softplus", "elu")
     }
-    slopes = {
-        f"shifted_softplus of slope {slope}": Job(f"{flags} shifted_softplus", f"research.slope {slope}")
-        for slope in (3, 4, 1)
+    lstm = f"{SHORT} lstm"
+    jobs |= {
+        "tanh, larger initial candidates": Job(f"{flags} tanh", "research.variants gain"),
+        "LSTM, larger initial candidates": Job(lstm, "research.variants gain"),
+        "shifted_softplus, larger initial candidates": Job(f"{flags} shifted_softplus", "research.variants gain"),
+        "LSTM, Glorot's initial weights": Job(f"{lstm} --initialisation xavier"),
+        "tanh, Glorot's initial weights": Job(f"{flags} tanh --initialisation xavier"),
     }
-    return jobs | slopes | {"softplus": Job(f"{flags} softplus")}
+    jobs |= {
+        f"shifted_softplus of slope {slope}": Job(f"{flags} shifted_softplus", f"research.slope {slope}")
+        for slope in (3, 4, 6, 1)
+    }
+    return jobs | {"softplus": Job(f"{flags} softplus")}
 
 
 def ptb_quarter() -> Jobs:

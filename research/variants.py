@@ -3,6 +3,7 @@
 quarter  train on the first quarter of the text, so that a run soon shows how well a model carries over to other text
 locked   draw one dropout mask for all steps of a row (variational dropout, Gal & Ghahramani 2016)
 skip     add the input of each layer but the first to its output (an addition to the paper)
+gain     draw the weights of the candidates (of an LSTM those that see the input) four times as large
 spread   spread the forget biases so that channels remember for 2 to 70 steps at first (Tallec & Ollivier 2018)
 
 The changes come first, joined by commas. The flags after them are those of experiment.py.
@@ -25,8 +26,10 @@ from lab.presets import PRESETS, Config
 from lab.run import run
 from lab.settings import InputError
 from qrnn import QRNN
+from qrnn_layer import QRNNLayer
 
-CHANGES = ("quarter", "locked", "skip", "spread")
+CHANGES = ("quarter", "locked", "skip", "gain", "spread")
+GAIN = 4
 LONGEST = 70  # steps, of the time scales of "spread"
 
 
@@ -88,6 +91,18 @@ def spread_forget_biases(rnn: nn.Module, hidden: int) -> None:
             bias[hidden : 2 * hidden] = 0
 
 
+@torch.no_grad()
+def raise_candidates(rnn: nn.Module) -> None:
+    """Multiply the weights of the candidates by `GAIN`: the first block of a QRNN's rows, the third of an LSTM's."""
+    for layer in rnn.modules():
+        if isinstance(layer, QRNNLayer):
+            layer.weight[: layer.hidden_size] *= GAIN
+        elif isinstance(layer, nn.LSTM):
+            for name, weight in layer.named_parameters():
+                if "weight_ih" in name:
+                    weight.chunk(4)[2].mul_(GAIN)
+
+
 class VariantModelling(LanguageModelling):
     """Predict the next word, changed."""
 
@@ -108,6 +123,8 @@ class VariantModelling(LanguageModelling):
             model.dropout_output = LockedDropout(config.dropout_output)  # type: ignore[assignment]
         if "spread" in self.changes:
             spread_forget_biases(model.rnn, model.hidden)
+        if "gain" in self.changes:
+            raise_candidates(model.rnn)
         if {"locked", "skip"} & {*self.changes}:
             between = LockedDropout(config.dropout) if "locked" in self.changes else nn.Dropout(config.dropout)
             model.rnn = Stack(single_layers(cast(QRNN | nn.LSTM, model.rnn)), between, "skip" in self.changes)

@@ -72,6 +72,19 @@ def test_a_skip_connection_adds_the_input(flags):
 
 
 @pytest.mark.parametrize("name", ["qrnn", "lstm"])
+def test_initial_candidates_are_four_times_as_large(flags, name):
+    config = parse(flags, PRESETS)
+    plain = dict(LanguageModelling(config).build(name).named_parameters())
+    changed = variants.VariantModelling(config, 1, ["gain"]).build(name)
+    for key, weight in changed.named_parameters():
+        before = plain[key].detach().clone()
+        if "rnn" in key and "bias" not in key and "weight_hh" not in key:
+            first = 0 if name == "qrnn" else 2 * changed.hidden
+            before[first : first + changed.hidden] *= variants.GAIN
+        assert torch.equal(weight, before), key
+
+
+@pytest.mark.parametrize("name", ["qrnn", "lstm"])
 def test_forget_biases_spread_over_time_scales(flags, name):
     model = variants.VariantModelling(parse([*flags, "--hidden", "64"], PRESETS), 1, ["spread"]).build(name)
     biases = [bias for key, bias in model.rnn.named_parameters() if "bias_ih" in key or key.endswith("bias")]
