@@ -14,7 +14,7 @@ ptb_short     the same with more forms of the QRNN, 3 epochs; 1/2 h
 wikitext2     both models on WikiText-2 as one stream with all its words; 1 1/2 h
 first_kernel  the QRNN of seeds with a first layer that sees one word, three seeds; 1/2 h
 candidates    candidates of the QRNN, one epoch; 1/2 h
-shifted       the QRNN of first_kernel with the candidate shifted softplus, three seeds; 1/2 h
+initial       QRNN and LSTM with larger initial candidates, three seeds; 1 1/2 h
 ptb_quarter   what helps on a quarter of the Penn Treebank as one stream, 15 epochs, one seed; 2 h
 
 --data is a folder with the files of WikiText-2; for numerics and the studies named ptb, of the Penn Treebank.
@@ -195,10 +195,18 @@ def first_kernel() -> Jobs:
     return {f"QRNN, seed {seed}": Job(f"{FIRST_KERNEL} --seed {seed}") for seed in range(3)}
 
 
-def shifted() -> Jobs:
-    """The same QRNNs with another candidate."""
-    flags = f"{FIRST_KERNEL} --activation shifted_softplus"
-    return {f"QRNN, seed {seed}": Job(f"{flags} --seed {seed}") for seed in range(3)}
+def initial() -> Jobs:
+    """The QRNNs of `first_kernel` and the LSTMs of `seeds`, with larger weights of the candidates at first."""
+    flags = {
+        "QRNN, shifted_softplus": f"{FIRST_KERNEL} --activation shifted_softplus",
+        "QRNN, tanh": FIRST_KERNEL,
+        "LSTM": f"{SMALL} --models lstm",
+    }
+    return {
+        f"{label}, seed {seed}": Job(f"{mine} --seed {seed}", "research.variants gain")
+        for seed in range(3)
+        for label, mine in flags.items()
+    }
 
 
 def candidates() -> Jobs:
@@ -265,7 +273,7 @@ STUDIES: dict[str, Callable[[], Jobs]] = {
         wikitext2,
         first_kernel,
         candidates,
-        shifted,
+        initial,
         ptb_quarter,
     )
 }
