@@ -135,11 +135,13 @@ class QRNNLayer(nn.Module):
             lengths = check_lengths(lengths, batch_size, time).to(x.device)
             padding = (torch.arange(time, device=x.device) >= lengths.unsqueeze(1)).unsqueeze(2)  # (B, T, 1)
             x = x.masked_fill(padding, 0)
-        seen = torch.cat([state.window.to(x.dtype).transpose(0, 1), x.transpose(0, 1)]).transpose(0, 1)  # (B, K-1+T, F)
-        h, c = self._run(seen, state.c, self._keep(x, padding))
+        window = state.window.to(x.dtype)
+        h, c = self._run(window, x, state.c, self._keep(x, padding))
         if lengths is None or padding is None:
-            return h, QRNNState(c, seen[:, time:].clone())  # a view would keep the whole sequence in memory
+            seen = torch.cat([window, x[:, -window.shape[1] or time :]], dim=1)
+            return h, QRNNState(c, seen[:, seen.shape[1] - window.shape[1] :].clone())  # a view would keep all of it
         last = lengths.unsqueeze(1) + torch.arange(self.kernel_size - 1, device=x.device)  # (B, K-1)
+        seen = torch.cat([window, x], dim=1)
         return h.masked_fill(padding, 0), QRNNState(c, seen.take_along_dim(last.unsqueeze(2), dim=1))
 
     def _keep(self, x: Tensor, padding: Tensor | None = None) -> Tensor | None:
@@ -149,9 +151,9 @@ class QRNNLayer(nn.Module):
         zoned_out = torch.rand(*x.shape[:2], self.hidden_size, device=x.device) < self.zoneout
         return zoned_out if padding is None else zoned_out | padding
 
-    def _run(self, seen: Tensor, c0: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _run(self, window: Tensor, x: Tensor, c0: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return h, (B, T, H), and the last cell state, (B, H). `qrnn.fast` does the same, faster on a CPU."""
-        projection = self._project(seen)
+        projection = self._project(torch.cat([window, x], dim=1))
         c, o = self._cells(projection, c0, keep)
         return (c if o is None else o * c).to(projection.dtype), (c[:, -1] if c.shape[1] else c0).clone()
 

@@ -10,7 +10,9 @@ odd one d, the input after it:
 An output meets no input that it should not see, so the future cannot leak into it, not even as rounding. (It would with
 F(3,2).) The gradients have the same form.
 
-Arrays have time first: a piece of n steps sees n + K - 1 inputs, (steps, B, F), and gives (n, B, rows of the weight).
+Arrays have time first: x is (T, B, F) and `window`, the K - 1 inputs before it, (K - 1, B, F). A piece is a slice of
+the steps, and its projection is (n, B, rows of the weight). All pieces but the last have an even number of steps. The
+backward pass takes them from the last to the first.
 """
 
 from __future__ import annotations
@@ -30,109 +32,148 @@ def even_and_odd(array: Tensor) -> Halves:
 class Taps:
     """One product for each of the K inputs that an output sees."""
 
-    split = staticmethod(lambda buffer: even_and_odd(buffer))
+    split = split_states = staticmethod(even_and_odd)
 
-    def __init__(self, weight: Tensor, features: int, dtype: torch.dtype) -> None:
-        self.weights = weight.to(dtype).split(features, dim=1)
+    def __init__(self, window: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
+        self.seen = torch.cat([window, x]) if len(window) else x
+        self.weights = weight.to(dtype).split(x.shape[2], dim=1)
+        self.bias = bias
 
-    def project(self, seen: Tensor, bias: Tensor | None, y: Tensor) -> None:
+    def project(self, piece: slice, y: Tensor) -> None:
         """Fill y, (n, B, rows of `weight`)."""
-        if bias is not None:
-            y.copy_(bias)
+        if self.bias is not None:
+            y.copy_(self.bias)
         for k, weight in enumerate(self.weights):
-            _add_product(y, self._tap(seen, k, len(y)), weight.t(), beta=k > 0 or bias is not None)
+            _add_product(y, self._tap(piece, k), weight.t(), beta=k > 0 or self.bias is not None)
 
-    def start_backward(self, dtype: torch.dtype) -> None:
-        features = self.weights[0].shape[1]
+    def start_backward(self, dtype: torch.dtype, differentiates_inputs: bool) -> None:
+        features = self.seen.shape[2]
         self.weight_grad = self.weights[0].new_zeros(len(self.weights[0]), len(self.weights) * features, dtype=dtype)
         self.bias_grad = self.weight_grad.new_zeros(len(self.weight_grad))
+        self.seen_grad = torch.empty_like(self.seen) if differentiates_inputs else None
+        if self.seen_grad is not None:
+            self.seen_grad[len(self.seen) - len(self.weights) + 1 :] = 0
 
-    def backward(self, seen: Tensor, y_grad: Tensor, seen_grad: Tensor | None) -> None:
-        """Add to the gradients of weight and bias; fill the first n steps of `seen_grad` and add to the others."""
+    def backward(self, piece: slice, y_grad: Tensor) -> None:
+        """Add to the gradients."""
         self.bias_grad += y_grad.sum((0, 1))
         rows = y_grad.flatten(0, 1).to(self.weights[0].dtype)
-        weight_grads = self.weight_grad.split(seen.shape[2], dim=1)
+        weight_grads = self.weight_grad.split(self.seen.shape[2], dim=1)
         for k, (weight, weight_grad) in enumerate(zip(self.weights, weight_grads, strict=True)):
-            _add_product(weight_grad, rows.t(), self._tap(seen, k, len(y_grad)))
-            if seen_grad is not None:
-                _add_product(seen_grad[k : k + len(y_grad)], rows, weight, beta=k > 0)
+            _add_product(weight_grad, rows.t(), self._tap(piece, k))
+            if self.seen_grad is not None:
+                _add_product(self.seen_grad[piece.start + k : piece.stop + k], rows, weight, beta=k > 0)
 
-    def finish_backward(self) -> None:
-        """Nothing is left to do."""
+    def gradients(self) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:
+        """Return the gradients of window, x, weight and bias, once all pieces are through."""
+        before = len(self.weights) - 1
+        inputs = (None, None) if self.seen_grad is None else (self.seen_grad[:before], self.seen_grad[before:])
+        return *inputs, self.weight_grad, self.bias_grad
 
-    def _tap(self, seen: Tensor, k: int, steps: int) -> Tensor:
-        return seen[k : k + steps].flatten(0, 1).to(self.weights[0].dtype)
+    def _tap(self, piece: slice, k: int) -> Tensor:
+        return self.seen[piece.start + k : piece.stop + k].flatten(0, 1).to(self.weights[0].dtype)
 
 
 class ShortFilter:
-    """F(2,2): three products for two steps. A buffer has the even steps first, then the odd ones."""
+    """F(2,2): three products for two steps. A buffer has the odd steps first, then the even ones."""
 
-    def __init__(self, weight: Tensor) -> None:
+    def __init__(self, window: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, longest: int) -> None:
+        self.window, self.x, self.bias = window, x, bias
         self.first, self.second = (tap.contiguous() for tap in weight.chunk(2, dim=1))
         self.both = self.first + self.second
+        self.buffers = x.new_empty(3, (longest + 1) // 2, *x.shape[1:])
 
     @staticmethod
     def split(buffer: Tensor) -> Halves:
-        half = (len(buffer) + 1) // 2
-        return buffer[:half], buffer[half:]
+        odd = len(buffer) // 2
+        return buffer[odd:], buffer[:odd]
 
-    def project(self, seen: Tensor, bias: Tensor | None, y: Tensor) -> None:
+    @staticmethod
+    def split_states(buffer: Tensor) -> Halves:
+        """Split n steps and the one before them, which is the first of all. So the others are as `split` wants them."""
+        even = (len(buffer) + 1) // 2
+        return buffer[:even], buffer[even:]
+
+    def project(self, piece: slice, y: Tensor) -> None:
         """Fill y, (n, B, rows of `weight`)."""
-        a_b, b, d_b = self._inputs(seen)
-        even, odd = self.split(y)
-        if bias is not None:
-            even.copy_(bias)
-        _add_product(even, b, self.both.t(), beta=bias is not None)
+        a_b, b, d_b = self._inputs(piece)
+        even, odd = (half.flatten(0, 1) for half in self.split(y))
+        if self.bias is None:
+            torch.mm(b, self.both.t(), out=even)
+        else:
+            even.copy_(self.bias).addmm_(b, self.both.t())
         odd.copy_(even[: len(odd)])
-        _add_product(even, a_b, self.first.t())
-        _add_product(odd, d_b, self.second.t())
+        even.addmm_(a_b, self.first.t())
+        odd.addmm_(d_b, self.second.t())
 
-    def start_backward(self, dtype: torch.dtype) -> None:
-        self.weight_grad, self.both_grad = torch.zeros_like(self.both).repeat(1, 2), torch.zeros_like(self.both)
+    def start_backward(self, dtype: torch.dtype, differentiates_inputs: bool) -> None:
+        self.x_grad = torch.empty_like(self.x) if differentiates_inputs else None
+        self.window_grad: Tensor | None = None
+        self.weight_grads = self.both.new_zeros(3, *self.both.shape)
         self.bias_grad = self.both.new_zeros(len(self.both))
+        self.sums = self.both.new_empty(self.buffers[0, :, :, 0].numel(), len(self.both))
 
-    def backward(self, seen: Tensor, y_grad: Tensor, seen_grad: Tensor | None) -> None:
-        """Add to the gradients of weight and bias; fill the first n steps of `seen_grad` and add to the others."""
+    def backward(self, piece: slice, y_grad: Tensor) -> None:
+        """Add to the gradients."""
         even, odd = (half.flatten(0, 1) for half in self.split(y_grad))
-        both = even.clone()
-        both[: len(odd)] += odd
+        both = torch.add(even[: len(odd)], odd, out=self.sums[: len(odd)])
+        if len(odd) < len(even):
+            both = self.sums[: len(even)]
+            both[len(odd) :] = even[len(odd) :]
         self.bias_grad += both.sum(0)
-        first, second = self.weight_grad.chunk(2, dim=1)
-        grads = (first, self.both_grad, second)
-        for weight_grad, rows, inputs in zip(grads, (even, both, odd), self._inputs(seen), strict=True):
-            _add_product(weight_grad, rows.t(), inputs)
-        if seen_grad is None:
-            return
-        to_a, to_b, to_d = (
-            torch.mm(rows, weight).view(-1, *seen.shape[1:])
-            for rows, weight in ((even, self.first), (both, self.both), (odd, self.second))
-        )
-        seen_grad[0:-1:2] = to_a
-        torch.sub(to_b, to_a, out=seen_grad[1::2])
-        seen_grad[1::2][: len(to_d)] -= to_d
-        seen_grad[2::2] += to_d
+        inputs = self._inputs(piece)
+        for weight_grad, rows, columns in zip(self.weight_grads, (even, both, odd), inputs, strict=True):
+            weight_grad.addmm_(rows.t(), columns)
+        if self.x_grad is not None:  # in the buffers of the inputs, which are through
+            for out, rows, weight in zip(inputs, (even, both, odd), (self.first, self.both, self.second), strict=True):
+                torch.mm(rows, weight, out=out)
+            self._add_input_gradients(piece, *(out.view(-1, *self.x.shape[1:]) for out in inputs))
 
-    def finish_backward(self) -> None:
-        """Add the gradient of W0 + W1 to those of W0 and W1."""
-        for weight_grad in self.weight_grad.chunk(2, dim=1):
-            weight_grad += self.both_grad
+    def _add_input_gradients(self, piece: slice, to_a: Tensor, to_b: Tensor, to_d: Tensor) -> None:
+        b_grad, d_grad = even_and_odd(self.x_grad[piece])
+        torch.sub(to_b, to_a, out=b_grad)
+        b_grad[: len(to_d)] -= to_d
+        inner = len(to_a) - 1  # inputs d that are the a of the next pair
+        torch.add(to_a[1:], to_d[:inner], out=d_grad[:inner])
+        if inner < len(to_d):
+            last = self.x_grad[piece.stop - 1]
+            last.copy_(to_d[-1]) if piece.stop == len(self.x) else last.add_(to_d[-1])
+        if piece.start:
+            self.x_grad[piece.start - 1] = to_a[0]
+        else:
+            self.window_grad = to_a[:1].clone()
 
-    def _inputs(self, seen: Tensor) -> list[Tensor]:
+    def gradients(self) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:
+        """Return the gradients of window, x, weight and bias, once all pieces are through."""
+        first, both, second = self.weight_grads
+        weight_grad = torch.cat([first.add_(both), second.add_(both)], dim=1)
+        return self.window_grad, self.x_grad, weight_grad, self.bias_grad
+
+    def _inputs(self, piece: slice) -> list[Tensor]:
         """Return a - b, b and d - b, each as a matrix. If n is odd, the last pair has no d."""
-        a, b, d = seen[0:-1:2], seen[1::2], seen[2::2]
-        inputs = [seen.new_empty(array.shape) for array in (a, b, d)]
-        torch.sub(a, b, out=inputs[0])
-        inputs[1].copy_(b)
-        torch.sub(d, b[: len(d)], out=inputs[2])
-        return [array.flatten(0, 1) for array in inputs]
+        b, d = even_and_odd(self.x[piece])
+        a_b, b_copy, d_b = (
+            buffer[: len(array)] for buffer, array in zip(self.buffers, (b, b, d), strict=True)
+        )
+        start = piece.start
+        if start:
+            torch.sub(self.x[start - 1 : piece.stop - 1 : 2], b, out=a_b)
+        else:
+            torch.sub(self.window[0], b[0], out=a_b[0])
+            torch.sub(d[: len(b) - 1], b[1:], out=a_b[1:])
+        b_copy.copy_(b)
+        torch.sub(d, b[: len(d)], out=d_b)
+        return [array.flatten(0, 1) for array in (a_b, b_copy, d_b)]
 
 
-def convolution(seen: Tensor, weight: Tensor, dtype: torch.dtype) -> Taps | ShortFilter:
-    rows, features = (len(seen) - 1) * seen.shape[1], seen.shape[2]
-    same = seen.dtype == weight.dtype == dtype != torch.bfloat16
-    if same and weight.shape[1] == 2 * features and rows >= SHORT_FILTER_ROWS:
-        return ShortFilter(weight)
-    return Taps(weight, features, dtype)
+def convolution(
+    window: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, longest: int
+) -> Taps | ShortFilter:
+    """Return the convolution for pieces of at most `longest` steps."""
+    same = x.dtype == window.dtype == weight.dtype == dtype != torch.bfloat16
+    if same and len(window) == 1 and x.shape[0] * x.shape[1] >= SHORT_FILTER_ROWS:
+        return ShortFilter(window, x, weight, bias, longest)
+    return Taps(window, x, weight, bias, dtype)
 
 
 def _add_product(out: Tensor, a: Tensor, b: Tensor, beta: bool = True) -> None:

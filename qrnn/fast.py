@@ -22,11 +22,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from qrnn.convolution import Halves, convolution, even_and_odd
@@ -37,13 +38,15 @@ LOOP_STEPS = 16  # of a scan, two calls a step
 LERP_STEPS = 128  # of an average, one call a step
 
 aten = torch.ops.aten
+sigmoid_backward = aten.sigmoid_backward.grad_input  # an overload by name is found three times as fast
 
 
 class _Activation(NamedTuple):
     """An activation in place, and its backward pass from its value."""
 
-    forward_: Callable[[Tensor], object]  # (pre-activation) -> None
+    forward_: Callable[[Tensor], object]  # (pre-activation, or with a `factor` its sigmoid) -> None
     backward: Callable[[Tensor, Tensor, Tensor], object]  # (gradient of the value, value, out) -> None
+    factor: int | None = None  # of the pre-activation in a sigmoid that gives the activation
 
 
 def _softplus_backward(grad: Tensor, z: Tensor, out: Tensor) -> None:
@@ -63,9 +66,11 @@ ACTIVATIONS = {
     "shifted_softplus": _Activation(_shifted_softplus, _shifted_softplus_backward),
     "elu": _Activation(F.elu_, lambda grad, z, out: aten.elu_backward(grad, 1, 1, 1, True, z, grad_input=out)),
     "exp": _Activation(torch.exp_, lambda grad, z, out: torch.mul(grad, z, out=out)),
-    "sigmoid": _Activation(torch.sigmoid_, lambda grad, z, out: aten.sigmoid_backward(grad, z, grad_input=out)),
+    "sigmoid": _Activation(lambda s: None, lambda grad, z, out: sigmoid_backward(grad, z, grad_input=out), 1),
     "relu": _Activation(torch.relu_, lambda grad, z, out: aten.threshold_backward(grad, z, 0, grad_input=out)),
-    "tanh": _Activation(torch.tanh_, lambda grad, z, out: aten.tanh_backward(grad, z, grad_input=out)),
+    "tanh": _Activation(  # 2 sigmoid(2a) - 1
+        lambda s: s.mul_(2).sub_(1), lambda grad, z, out: aten.tanh_backward.grad_input(grad, z, grad_input=out), 2
+    ),
     "identity": _Activation(lambda a: None, lambda grad, z, out: out.copy_(grad)),
 }
 
@@ -73,48 +78,48 @@ ACTIVATIONS = {
 # --- the recurrence, in terms of g = 1 - f ----------------------------------------------------------------------------
 
 
-def _average(c: Halves, z: Halves, g: Halves, c0: Tensor, one_by_one: bool) -> None:
-    """Fill c with c_t = (1 - g_t) c_{t-1} + g_t z_t: `_scan`, but for a first level that has half as many passes."""
-    (even, odd), (z_even, z_odd), (g_even, g_odd) = c, z, g
-    length = len(odd)
-    if one_by_one or len(even) + length <= LERP_STEPS:
-        for c_t, z_t, g_t in zip(*map(_in_time, (c, z, g)), strict=True):
-            c0 = torch.lerp(c0, z_t, g_t, out=c_t)
+def _average(c: Halves, z: Halves, g: Halves, one_by_one: bool) -> None:
+    """Fill c with c_t = (1 - g_t) c_{t-1} + g_t z_t: `_scan`, but for a first level that has half as many passes.
+
+    c begins with the state before the first step, so its halves are that state with the odd steps, and the even steps.
+    """
+    (before_odd, even), (z_even, z_odd), (g_even, g_odd) = c, z, g
+    odd = before_odd[1:]
+    if one_by_one or len(even) + len(odd) <= LERP_STEPS:
+        states, *inputs = map(_in_time, (c, z, g))
+        for before, c_t, z_t, g_t in zip(states[:-1], states[1:], *inputs, strict=True):
+            torch.lerp(before, z_t, g_t, out=c_t)
         return
     torch.mul(z_even, g_even, out=even)
-    torch.lerp(c0, z_even[0], g_even[0], out=even[0])
-    torch.lerp(even[:length], z_odd, g_odd, out=odd)
-    _scan(even_and_odd(odd), _joined(g))
-    torch.lerp(odd[: len(even) - 1], z_even[1:], g_even[1:], out=even[1:])
+    torch.lerp(even[: len(odd)], z_odd, g_odd, out=odd)
+    _scan(even_and_odd(before_odd), even_and_odd(_joined(g_even[: len(odd)], g_odd)))
+    torch.lerp(before_odd[: len(even)], z_even, g_even, out=even)
 
 
 def _scan(x: Halves, g: Halves, backwards: bool = False, one_by_one: bool = False) -> None:
-    """Turn x into the states, in place.
+    """Turn x into the states, in place: h_t = x_t + (1 - g_{t-1}) h_{t-1}, or x_t + (1 - g_t) h_{t+1} with `backwards`.
 
-    h_t = x_t + (1 - g_t) h_{t-1}, or with `backwards` h_t = x_t + (1 - g_{t+1}) h_{t+1}. The step where it starts is
-    right as it is. Each odd step takes in the even one before (backwards: after) it. Then the odd steps are a
-    recurrence of their own, half as long, and the even steps follow from their odd neighbours.
+    There is a gate less than there are steps, and the step where it starts is right as it is. Each odd step takes in
+    the even one before (backwards: after) it. Then the odd steps are a recurrence of their own, half as long, and the
+    even steps follow from their odd neighbours.
     """
-    (even, odd), (g_even, g_odd) = x, g
+    (even, odd), (to_odd, to_even) = x, g
     length, later = len(odd), len(even) - 1
     if one_by_one or length + later < LOOP_STEPS:
-        states, gates = _in_time(x), _in_time(g)
-        for t in range(length + later):
-            if backwards:
-                t = length + later - 1 - t
-                _carry(states[t], states[t + 1], gates[t + 1])
-            else:
-                _carry(states[t + 1], states[t], gates[t + 1])
+        states = _in_time(x)
+        steps = list(zip(states[:-1], states[1:], _in_time(g), strict=True))
+        for before, after, gate in reversed(steps) if backwards else steps:
+            _carry(before, after, gate) if backwards else _carry(after, before, gate)
         return
     if backwards:
-        _carry(odd[:later], even[1:], g_even[1:])
+        _carry(odd[:later], even[1:], to_even)
     else:
-        _carry(odd, even[:length], g_odd)
-    _scan(even_and_odd(odd), _joined(g), backwards)
+        _carry(odd, even[:length], to_odd)
+    _scan(even_and_odd(odd), even_and_odd(_joined(to_even[: length - 1], to_odd[1:])), backwards)
     if backwards:
-        _carry(even[:length], odd, g_odd)
+        _carry(even[:length], odd, to_odd)
     else:
-        _carry(even[1:], odd[:later], g_even[1:])
+        _carry(even[1:], odd[:later], to_even)
 
 
 def _carry(state: Tensor, other: Tensor, g: Tensor) -> None:
@@ -122,10 +127,9 @@ def _carry(state: Tensor, other: Tensor, g: Tensor) -> None:
     state += torch.addcmul(other, g, other, value=-1)
 
 
-def _joined(g: Halves) -> Halves:
-    """Return the gates 1 - f f' of pairs of steps: how much an odd step forgets of the odd one before it."""
-    even, odd = g
-    return even_and_odd(torch.lerp(even[: len(odd)], odd.new_ones(()), odd))
+def _joined(g: Tensor, next_g: Tensor) -> Tensor:
+    """Return the gates 1 - f f' of pairs of steps: how much is forgotten in both."""
+    return torch.lerp(g, next_g.new_ones(()), next_g)
 
 
 def _in_time(halves: Halves) -> list[Tensor]:
@@ -147,6 +151,20 @@ class _Setting(NamedTuple):
     def mode(self) -> str:
         return self.layer.mode
 
+    @property
+    def activation(self) -> _Activation:
+        return ACTIVATIONS[self.layer.activation]
+
+    def factors(self, weight: Tensor) -> Tensor:
+        """Return what the rows of the projection are multiplied by, (rows,), see `_activate`."""
+        return _factors(self.mode, self.activation.factor or 1, len(weight), weight.dtype)
+
+
+@lru_cache(64)
+def _factors(mode: str, factor: int, rows: int, dtype: torch.dtype) -> Tensor:
+    blocks = [factor, -1, 1, 1][: MODES[mode]]  # 1 - f = sigmoid(-a)
+    return torch.tensor(blocks, dtype=dtype, device="cpu").repeat_interleave(rows // len(blocks))
+
 
 def _pieces(steps: int, step_size: int) -> list[slice]:
     """Cut the steps, of `step_size` numbers each, into pieces; all but the last have an even number of steps."""
@@ -161,142 +179,144 @@ def _blocks(y: Tensor, mode: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _activate(y: Tensor, setting: _Setting) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Turn the projection into candidates and gates, in place, and return `_blocks` of it."""
-    z, g, i, o = _blocks(y, setting.mode)
-    ACTIVATIONS[setting.layer.activation].forward_(z)
-    g.neg_()  # 1 - f = sigmoid(-a)
-    y[..., z.shape[-1] :].sigmoid_()
-    return z, g, i, o
+    """Turn the projection, times `factors`, into candidates and gates, in place, and return `_blocks` of it."""
+    blocks = _blocks(y, setting.mode)
+    (y if setting.activation.factor else y[..., blocks[0].shape[-1] :]).sigmoid_()
+    setting.activation.forward_(blocks[0])
+    return blocks
 
 
 def _forward(
-    seen: Tensor,  # (K - 1 + T, B, F)
+    window: Tensor,  # (K - 1, B, F)
+    x: Tensor,  # (T, B, F)
     c0: Tensor,  # (B, H)
     keep: Tensor | None,  # (T, B, 1) or (T, B, H)
     weight: Tensor,
     bias: Tensor | None,
     setting: _Setting,
     saves: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return h, (T, B, H), the last c, (B, H), and, if it `saves`, the gates, (T, B, MODES*H), and c, (T, B, H)."""
-    (batch, width), window = c0.shape, weight.shape[1] // seen.shape[2] - 1
-    steps = len(seen) - window
-    convolves, pieces = convolution(seen, weight, setting.dtype), _pieces(steps, batch * len(weight))
-    stored = steps if saves else pieces[0].stop
-    gates, states = c0.new_empty(stored, batch, len(weight)), c0.new_empty(stored, batch, width)
-    h = seen.new_empty(steps, batch, width, dtype=setting.dtype)
+) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
+    """Return h, (T, B, H), and the last c, (B, H); and for the pieces, or if it does not save them for the last one,
+    the gates, (n, B, MODES*H), and the states with the one before, (n + 1, B, H).
+    """
+    (batch, width), (steps, rows) = c0.shape, (len(x), len(weight))
+    pieces, factors = _pieces(steps, batch * rows), setting.factors(weight)
+    scaled = weight * factors.unsqueeze(1), None if bias is None else bias * factors
+    convolves = convolution(window, x, *scaled, setting.dtype, pieces[0].stop)
+    gates, states = [], []
+    h = x.new_empty(steps, batch, width, dtype=setting.dtype)
     for piece in pieces:
-        place = piece if saves else slice(piece.stop - piece.start)
-        y = gates[place]
-        convolves.project(seen[piece.start : piece.stop + window], bias, y)
-        z, g, i, o, c = map(convolves.split, (*_activate(y, setting), states[place]))
+        length = piece.stop - piece.start
+        if saves or not gates:
+            gates.append(c0.new_empty(length, batch, rows))
+            states.append(c0.new_empty(length + 1, batch, width))
+        y, c = gates[-1][:length], states[-1][: length + 1]
+        convolves.project(piece, y)
+        z, g, i, o = map(convolves.split, _activate(y, setting))
         if keep is not None:
             for halves in (g, i) if setting.mode == "ifo" else (g,):
                 for half, where in zip(halves, even_and_odd(keep[piece]), strict=True):
                     half.masked_fill_(where, 0)
+        c[0] = c0
+        before_odd, even = halves_of_c = convolves.split_states(c)
+        odd = before_odd[1:]
         if setting.mode == "ifo":
-            for half, candidate, gate in zip(c, z, i, strict=True):
+            for half, candidate, gate in zip((even, odd), z, i, strict=True):
                 torch.mul(candidate, gate, out=half)
-            _carry(c[0][0], c0, g[0][0])
-            _scan(c, g, one_by_one=keep is not None)
+            _scan(halves_of_c, g, one_by_one=keep is not None)
         else:
-            _average(c, z, g, c0, one_by_one=keep is not None)
-        for target, half, gate in zip(even_and_odd(h[piece]), c, o, strict=True):
+            _average(halves_of_c, z, g, one_by_one=keep is not None)
+        for target, half, gate in zip(even_and_odd(h[piece]), (even, odd), o, strict=True):
             target.copy_(half) if setting.mode == "f" else torch.mul(half, gate, out=target)
-        c0 = _last(c).clone()
-    return h, c0, gates, states
+        c0 = _last(halves_of_c)
+    return h, c0.clone(), gates, states
 
 
-def _last(halves: Halves) -> Tensor:
-    even, odd = halves
-    return (even if len(even) > len(odd) else odd)[-1]
+def _last(states: Halves) -> Tensor:
+    before_odd, even = states
+    return (before_odd if len(before_odd) > len(even) else even)[-1]
 
 
 class _Layer(torch.autograd.Function):
     """`_forward` and its derivative: h and the last c."""
 
     @staticmethod
-    def forward(ctx, seen, c0, keep, weight, bias, setting):
-        h, c_last, gates, states = _forward(seen, c0, keep, weight, bias, setting, saves=True)
-        ctx.save_for_backward(seen, c0, keep, weight, bias, gates, states)
+    def forward(ctx, window, x, c0, keep, weight, bias, setting):
+        h, c_last, gates, states = _forward(window, x, c0, keep, weight, bias, setting, saves=True)
+        ctx.save_for_backward(window, x, c0, keep, weight, bias, *gates, *states)
         ctx.setting = setting
         ctx.set_materialize_grads(False)
         return h, c_last
 
     @staticmethod
     def backward(ctx, h_grad: Tensor | None, c_grad: Tensor | None):
-        seen, c0, _, weight, bias, gates, states = ctx.saved_tensors
+        window, x, c0, _, weight, bias, *saved = ctx.saved_tensors
         given = [grad for grad in (h_grad, c_grad) if grad is not None]
         batched = any(torch._C._functorch.is_legacy_batchedtensor(grad) for grad in given)  # by is_grads_batched=True
         if torch.is_grad_enabled() or batched:  # second and many derivatives are those of the definition
             return *_gradients_of_definition(ctx, h_grad, c_grad), None
-        mode, (steps, batch, rows) = ctx.setting.mode, gates.shape
-        seen_grad = None
-        if ctx.needs_input_grad[0]:
-            seen_grad = torch.empty_like(seen)
-            seen_grad[steps:] = 0
-        convolves, pieces = convolution(seen, weight, ctx.setting.dtype), _pieces(steps, batch * rows)
-        convolves.start_backward(gates.dtype)
-        buffers = gates.new_empty(pieces[0].stop, batch, rows), states.new_empty(pieces[0].stop, *c0.shape)
+        setting, (batch, width), rows = ctx.setting, c0.shape, len(weight)
+        pieces = _pieces(len(x), batch * rows)
+        convolves = convolution(window, x, weight, bias, setting.dtype, pieces[0].stop)
+        convolves.start_backward(c0.dtype, any(ctx.needs_input_grad[:2]))
+        buffers = c0.new_empty(pieces[0].stop, batch, rows), c0.new_empty(pieces[0].stop + 1, batch, width)
         carried = torch.zeros_like(c0) if c_grad is None else c_grad
-        for piece, previous in zip(reversed(pieces), [*reversed(pieces[:-1]), None], strict=True):
-            y_grad, delta = (buffer[: piece.stop - piece.start] for buffer in buffers)
-            before = c0 if previous is None else _last(convolves.split(states[previous]))
-            blocks = gates[piece], y_grad
-            (z, g, i, o), (z_grad, f_grad, i_grad, o_grad) = (_blocks(array, mode) for array in blocks)
-            c_halves, g_halves, delta_halves = map(convolves.split, (states[piece], g, delta))
+        gates, states = saved[: len(pieces)], saved[len(pieces) :]
+        for piece, y, c in zip(reversed(pieces), reversed(gates), reversed(states), strict=True):
+            y_grad, delta = buffers[0][: len(y)], buffers[1][: len(c)]
+            (z, g, i, o), (z_grad, f_grad, i_grad, o_grad) = _blocks(y, setting.mode), _blocks(y_grad, setting.mode)
+            (c_odd, c_even), (d_odd, d_even) = (convolves.split_states(array) for array in (c, delta))  # 1 before them
 
             # h = o c, or c in the mode "f"
             if h_grad is None:
                 delta.zero_()
                 o_grad.zero_()
             else:
-                arrays = map(convolves.split, (o, o_grad))
-                for given, c, d, gate, grad in zip(
-                    even_and_odd(h_grad[piece]), c_halves, delta_halves, *arrays, strict=True
-                ):
-                    if mode == "f":
+                arrays = (c_even, c_odd[1:]), (d_even, d_odd[1:]), convolves.split(o), convolves.split(o_grad)
+                for given, states_, d, gate, grad in zip(even_and_odd(h_grad[piece]), *arrays, strict=True):
+                    if setting.mode == "f":
                         d.copy_(given)
                     else:
                         torch.mul(given, gate, out=d)
-                        aten.sigmoid_backward(given * c, gate, grad_input=grad)
+                        torch.mul(given, states_, out=grad)
             # c_t = (1 - g_t) c_{t-1} + i_t z_t
-            _last(delta_halves).add_(carried)
-            _scan(delta_halves, g_halves, backwards=True)
-            carried = torch.addcmul(delta[0], g[0], delta[0], value=-1)
-            ACTIVATIONS[ctx.setting.layer.activation].backward(delta * i, z, z_grad)
-            if mode == "ifo":
-                aten.sigmoid_backward(delta * z, i, grad_input=i_grad)
-            # The gate f times the state before; in "f" and "fo" 1 - f times z as well.
-            (c_even, c_odd), (f_even, f_odd) = c_halves, convolves.split(f_grad)
-            z_even, z_odd = convolves.split(torch.zeros_like(z) if mode == "ifo" else z)
-            torch.sub(before, z_even[0], out=f_even[0])
-            torch.sub(c_odd[: len(c_even) - 1], z_even[1:], out=f_even[1:])
-            torch.sub(c_even[: len(c_odd)], z_odd, out=f_odd)
-            aten.sigmoid_backward(f_grad.mul_(delta), g, grad_input=f_grad)  # f' = f (1 - f) = g (1 - g)
+            delta[0] = 0
+            _last((d_odd, d_even)).add_(carried)
+            _scan((d_odd, d_even), convolves.split(g), backwards=True)
+            carried, delta = delta[0].clone(), delta[1:]
+            setting.activation.backward(torch.mul(delta, i, out=z_grad), z, z_grad)
+            f_even, f_odd = convolves.split(f_grad)
+            before = c_odd[: len(f_even)], c_even[: len(f_odd)]
+            if setting.mode == "ifo":
+                torch.mul(delta, z, out=i_grad)
+                for grad, previous, d in zip((f_even, f_odd), before, (d_even, d_odd[1:]), strict=True):
+                    torch.mul(previous, d, out=grad)
+            else:  # the gate f times the state before, 1 - f times z
+                for grad, previous, candidate in zip((f_even, f_odd), before, convolves.split(z), strict=True):
+                    torch.sub(previous, candidate, out=grad)
+                f_grad.mul_(delta)
+            sigmoid_backward(y_grad[..., width:], y[..., width:], grad_input=y_grad[..., width:])  # f' = f (1 - f)
+            convolves.backward(piece, y_grad)
+        window_grad, x_grad, weight_grad, bias_grad = convolves.gradients()
+        bias_grad = None if bias is None else bias_grad.to(bias.dtype)
+        return window_grad, x_grad, carried, None, weight_grad.to(weight.dtype), bias_grad, None
 
-            inputs = slice(piece.start, piece.stop + len(seen) - steps)
-            convolves.backward(seen[inputs], y_grad, None if seen_grad is None else seen_grad[inputs])
-        convolves.finish_backward()
-        bias_grad = None if bias is None else convolves.bias_grad.to(bias.dtype)
-        return seen_grad, carried, None, convolves.weight_grad.to(weight.dtype), bias_grad, None
 
-
-def _definition(seen, c0, keep, weight, bias, setting) -> tuple[Tensor, Tensor]:
+def _definition(window, x, c0, keep, weight, bias, setting) -> tuple[Tensor, Tensor]:
     """Return what `_Layer` does, by the operations of the plain layer."""
-    width = weight.shape[1] // seen.shape[2]
-    taps = torch.cat([seen[k : len(seen) - width + 1 + k] for k in range(width)], dim=2)
+    seen = torch.cat([window, x])
+    taps = torch.cat([seen[k : k + len(x)] for k in range(len(window) + 1)], dim=2)
     y = F.linear(taps.to(setting.dtype), weight.to(setting.dtype), None if bias is None else bias.to(setting.dtype))
     c, o = setting.layer._cells(y.transpose(0, 1), c0, None if keep is None else keep.transpose(0, 1))
     return (c if o is None else o * c).to(setting.dtype).transpose(0, 1), c[:, -1]
 
 
 def _gradients_of_definition(ctx, *grads: Tensor | None) -> list[Tensor | None]:
-    """Return the gradients of seen, c0, keep, weight and bias as functions that have derivatives themselves."""
-    needs, create_graph = ctx.needs_input_grad[:5], torch.is_grad_enabled()
+    """Return the gradients of window, x, c0, keep, weight and bias as functions that have derivatives themselves."""
+    needs, create_graph = ctx.needs_input_grad[:6], torch.is_grad_enabled()
     with torch.enable_grad():
         # Aliases, because one may be a function of another: the input of a second layer with the same weight.
-        inputs = [a.view_as(a) if needed else a for a, needed in zip(ctx.saved_tensors[:5], needs, strict=True)]
+        inputs = [a.view_as(a) if needed else a for a, needed in zip(ctx.saved_tensors[:6], needs, strict=True)]
         outputs = _definition(*inputs, ctx.setting)  # type: ignore[call-arg]
     wanted = [a for a, needed in zip(inputs, needs, strict=True) if needed]
     given = [(h, grad) for h, grad in zip(outputs, grads, strict=True) if grad is not None]
@@ -313,44 +333,48 @@ class FastQRNNLayer(QRNNLayer):
     Second derivatives are those of the plain layer.
     """
 
-    def _run(self, seen: Tensor, c0: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:
-        autocasts = seen.device.type == "cpu" and torch.is_autocast_enabled("cpu") and seen.dtype != torch.float64
-        setting = _Setting(torch.get_autocast_dtype("cpu") if autocasts else seen.dtype, self)
-        if not self._is_fast(seen, setting.dtype):
-            return super()._run(seen, c0, keep)
-        trained = (seen, c0, self.weight) if self.bias is None else (seen, c0, self.weight, self.bias)
+    def _run(self, window: Tensor, x: Tensor, c0: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:
+        autocasts = x.device.type == "cpu" and torch.is_autocast_enabled("cpu") and x.dtype != torch.float64
+        setting = _Setting(torch.get_autocast_dtype("cpu") if autocasts else x.dtype, self)
+        if not self._is_fast(x, setting.dtype):
+            return super()._run(window, x, c0, keep)
+        trained = (window, x, c0, self.weight) if self.bias is None else (window, x, c0, self.weight, self.bias)
         differentiates = torch.is_grad_enabled() and any(array.requires_grad for array in trained)
-        if seen.shape[1] == self.kernel_size and not differentiates:
-            return self._step(seen, c0, keep, setting)
-        seen, keep = seen.transpose(0, 1), None if keep is None else keep.transpose(0, 1)
+        if x.shape[1] == 1 and not differentiates:
+            return self._step(window, x, c0, keep, setting)
+        window, x, keep = window.transpose(0, 1), x.transpose(0, 1), None if keep is None else keep.transpose(0, 1)
         if differentiates:
-            h, c = _Layer.apply(seen, c0, keep, self.weight, self.bias, setting)
+            h, c = _Layer.apply(window, x, c0, keep, self.weight, self.bias, setting)
         else:
-            h, c, *_ = _forward(seen, c0, keep, self.weight, self.bias, setting, saves=False)
+            h, c, *_ = _forward(window, x, c0, keep, self.weight, self.bias, setting, saves=False)
         return h.transpose(0, 1), c
 
-    def _step(self, seen: Tensor, c0: Tensor, keep: Tensor | None, setting: _Setting) -> tuple[Tensor, Tensor]:
+    def _step(
+        self, window: Tensor, x: Tensor, c0: Tensor, keep: Tensor | None, setting: _Setting
+    ) -> tuple[Tensor, Tensor]:
         """Run one step, as in generation, with few calls."""
         weight: Tensor = self.weight
         bias: Tensor | None = self.bias
         if setting.dtype != weight.dtype:
             weight, bias = weight.to(setting.dtype), None if bias is None else bias.to(setting.dtype)
+        seen = torch.cat([window, x], dim=1) if window.shape[1] else x
         y = F.linear(seen.flatten(1).to(setting.dtype), weight, bias).to(c0.dtype)
-        z, g, i, o = _activate(y, setting)
+        z, g, i, o = _activate(y.mul_(setting.factors(y[0])), setting)
         c = torch.lerp(c0, z, g) if self.mode != "ifo" else torch.addcmul(c0, g, c0, value=-1).addcmul_(i, z)
         if keep is not None:
             c = torch.where(keep[:, 0], c0, c)
         h = c if self.mode == "f" else o * c
         return h.to(setting.dtype).unsqueeze(1), c
 
-    def _is_fast(self, seen: Tensor, dtype: torch.dtype) -> bool:
+    def _is_fast(self, x: Tensor, dtype: torch.dtype) -> bool:
         return (
-            seen.device.type == "cpu"
+            type(x) in (Tensor, nn.Parameter)  # no subclass, such as those that trace
+            and x.device.type == "cpu"
             and dtype in (torch.float32, torch.float64, torch.bfloat16)
             and self.method in ("auto", "scan")
             and self.activation in ACTIVATIONS
-            and seen.shape[0] > 0
-            and seen.shape[1] >= self.kernel_size
+            and x.shape[0] > 0
+            and x.shape[1] > 0
             and not torch.compiler.is_compiling()
             and not torch.jit.is_tracing()
             and not torch._C._are_functorch_transforms_active()

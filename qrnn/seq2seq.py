@@ -42,9 +42,10 @@ class CentredLayer(FastQRNNLayer):
         expect(state is None, "state", type(state), "None: a centred layer looks ahead and takes whole sequences")
         return super().forward(x, None, lengths)
 
-    def _run(self, seen: Tensor, c0: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:
-        ahead = (self.kernel_size - 1) // 2
-        return super()._run(F.pad(seen[:, ahead:], (0, 0, 0, ahead)), c0, keep)
+    def _run(self, window: Tensor, x: Tensor, c0: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:
+        ahead, before = (self.kernel_size - 1) // 2, window.shape[1]
+        seen = F.pad(torch.cat([window, x], dim=1)[:, ahead:], (0, 0, 0, ahead))
+        return super()._run(seen[:, :before], seen[:, before:], c0, keep)
 
 
 class DecoderLayer(QRNNLayer):

@@ -35,8 +35,14 @@ def drawn(layer: FastQRNNLayer, steps: int, batch: int = BATCH) -> tuple[Tensor,
     return seen, torch.randn(batch, HIDDEN, dtype=dtype, requires_grad=True)
 
 
+def run_layer(layer: FastQRNNLayer, seen: Tensor, c0: Tensor, keep: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    before = layer.kernel_size - 1
+    return layer._run(seen[:, :before], seen[:, before:], c0, keep)
+
+
 def plain(layer: FastQRNNLayer, seen: Tensor, c0: Tensor, keep: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    return QRNNLayer._run(layer, seen, c0, keep)
+    before = layer.kernel_size - 1
+    return QRNNLayer._run(layer, seen[:, :before], seen[:, before:], c0, keep)
 
 
 def outputs_and_gradients(run, layer: FastQRNNLayer, seen: Tensor, c0: Tensor, keep: Tensor | None) -> list[Tensor]:
@@ -50,9 +56,9 @@ def assert_same(layer: FastQRNNLayer, seen: Tensor, c0: Tensor, keep: Tensor | N
     bound = {torch.float32: 2e-6, torch.float64: 1e-13}[layer.weight.dtype]
     assert layer._is_fast(seen, layer.weight.dtype)
     expected = outputs_and_gradients(plain, layer, seen, c0, keep)
-    found = outputs_and_gradients(FastQRNNLayer._run, layer, seen, c0, keep)
+    found = outputs_and_gradients(run_layer, layer, seen, c0, keep)
     with torch.no_grad():
-        found += layer._run(seen, c0, keep)
+        found += run_layer(layer, seen, c0, keep)
     for mine, theirs in zip(found, expected + expected[:2], strict=True):
         assert mine.shape == theirs.shape and mine.dtype == theirs.dtype
         torch.testing.assert_close(mine, theirs, rtol=0, atol=bound * max(theirs.abs().max().item(), 1e-3))
@@ -93,7 +99,7 @@ def test_a_kept_state_stays_exactly_as_it_is(steps, columns, mode):
     layer = built(mode=mode)
     seen, c0 = drawn(layer, steps)
     assert_same(layer, seen, c0, torch.rand(BATCH, steps, columns) < 0.4)
-    assert torch.equal(layer._run(seen, c0, torch.ones(BATCH, steps, columns, dtype=torch.bool))[1], c0)
+    assert torch.equal(run_layer(layer, seen, c0, torch.ones(BATCH, steps, columns, dtype=torch.bool))[1], c0)
 
 
 def test_without_bias_and_with_one_sequence():
@@ -110,7 +116,7 @@ def test_any_strides(kernel_size):
     for strided in (time_first, every_other):
         assert not strided.is_contiguous()
         assert_same(layer, strided, c0)
-    h, _ = layer._run(seen, c0, None)
+    h, _ = run_layer(layer, seen, c0, None)
     (expected,) = torch.autograd.grad(h, seen, torch.ones(()).expand(h.shape).double(), retain_graph=True)
     (found,) = torch.autograd.grad(h, seen, torch.ones_like(h))
     assert torch.equal(found, expected)
@@ -119,7 +125,7 @@ def test_any_strides(kernel_size):
 def test_the_output_has_time_first_in_memory_as_the_next_layer_wants_it():
     layer = built()
     seen, c0 = drawn(layer, 20)
-    assert layer._run(seen, c0, None)[0].transpose(0, 1).is_contiguous()
+    assert run_layer(layer, seen, c0, None)[0].transpose(0, 1).is_contiguous()
 
 
 @pytest.mark.parametrize("mode", ["f", "fo", "ifo"])
@@ -130,9 +136,9 @@ def test_states_that_are_kept_are_kept_to_the_bit(share, mode):
     torch.manual_seed(0)
     seen, c0, keep = torch.randn(200, 4, FEATURES), torch.randn(4, HIDDEN), torch.rand(200, 4, HIDDEN) < share
     setting = fast._Setting(seen.dtype, layer)
-    *_, states = fast._forward(seen, c0, keep, layer.weight, layer.bias, setting, saves=True)
-    before = torch.cat([c0.unsqueeze(0), states[:-1]])
-    assert torch.equal(states[keep], before[keep])
+    *_, pieces = fast._forward(seen[:0], seen, c0, keep, layer.weight, layer.bias, setting, saves=True)
+    before, after = (torch.cat([states[part] for states in pieces]) for part in (slice(-1), slice(1, None)))
+    assert torch.equal(before[0], c0) and torch.equal(after[keep], before[keep])
 
 
 @pytest.mark.parametrize("wanted", ["seen", "weight", "c0", "h alone", "c alone"])
@@ -149,7 +155,7 @@ def test_only_what_is_asked_for_is_differentiated(wanted):
         inputs = [array for array in arguments.values() if array.requires_grad]
         return torch.autograd.grad(sum(output.sin().sum() for output in outputs), inputs)
 
-    for found, expected in zip(gradients(FastQRNNLayer._run), gradients(plain), strict=True):
+    for found, expected in zip(gradients(run_layer), gradients(plain), strict=True):
         torch.testing.assert_close(found, expected)
 
 
@@ -161,8 +167,8 @@ def test_first_and_second_derivatives(mode):
 
     def run(seen: Tensor, c0: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         setting = fast._Setting(torch.float64, layer)
-        h, c = fast._Layer.apply(seen.transpose(0, 1), c0, keep.transpose(0, 1), weight, bias, setting)
-        return h, c
+        window, x = seen.transpose(0, 1).split([1, 5])
+        return fast._Layer.apply(window, x, c0, keep.transpose(0, 1), weight, bias, setting)
 
     assert torch.autograd.gradcheck(run, (seen, c0, layer.weight, layer.bias))
     assert torch.autograd.gradgradcheck(run, (seen, c0, layer.weight, layer.bias))
@@ -178,12 +184,12 @@ def test_second_derivatives_of_two_layers_that_share_a_weight():
         (grad,) = torch.autograd.grad(h.sin().sum(), layer.weight, create_graph=True)
         return torch.autograd.grad(grad.square().sum(), layer.weight)[0]
 
-    torch.testing.assert_close(penalty(FastQRNNLayer._run), penalty(plain))
+    torch.testing.assert_close(penalty(run_layer), penalty(plain))
 
 
 def test_the_graph_can_be_walked_twice():
     layer = built()
-    h, c = layer._run(*drawn(layer, 21), None)
+    h, c = run_layer(layer, *drawn(layer, 21), None)
     first, second = (torch.autograd.grad(h.sum() + c.sum(), layer.weight, retain_graph=True)[0] for _ in range(2))
     assert torch.equal(first, second)
 
@@ -193,11 +199,11 @@ def test_the_graph_can_be_walked_twice():
 def test_the_future_changes_nothing(kernel_size, later):
     layer = built(kernel_size, dtype=torch.float32)
     seen, c0 = drawn(layer, 31)
-    h, _ = layer._run(seen, c0, None)
+    h, _ = run_layer(layer, seen, c0, None)
     for step in range(31):
         changed = seen.detach().clone()
         changed[:, step + kernel_size - 1] = later
-        assert torch.equal(layer._run(changed.requires_grad_(), c0, None)[0][:, :step], h[:, :step])
+        assert torch.equal(run_layer(layer, changed.requires_grad_(), c0, None)[0][:, :step], h[:, :step])
 
 
 def test_a_gate_of_zero_lets_nothing_of_a_large_state_through():
@@ -205,8 +211,8 @@ def test_a_gate_of_zero_lets_nothing_of_a_large_state_through():
     with torch.no_grad():
         layer.bias[HIDDEN : 2 * HIDDEN] = -200
     seen, c0 = drawn(layer, 20)
-    h, c = layer._run(seen, c0, None)
-    h_large, c_large = layer._run(seen, 1e8 * c0, None)
+    h, c = run_layer(layer, seen, c0, None)
+    h_large, c_large = run_layer(layer, seen, 1e8 * c0, None)
     assert torch.equal(h_large, h) and torch.equal(c_large, c)
 
 
@@ -225,7 +231,7 @@ def test_bounds_over_many_steps(forget_bias, decay, mode, monkeypatch):
             layer.weight[:HIDDEN] = 0
             layer.bias[:HIDDEN] = 0
     seen, c0 = torch.randn(1, 16385, FEATURES, requires_grad=True), torch.ones(1, HIDDEN, requires_grad=True)
-    found = outputs_and_gradients(FastQRNNLayer._run, layer, seen, c0, None)
+    found = outputs_and_gradients(run_layer, layer, seen, c0, None)
     exact = layer.double()
     in_float64 = [array.detach().double().requires_grad_() for array in (seen, c0)]
 
@@ -254,13 +260,13 @@ def test_bfloat16_as_the_plain_layer(steps, kernel_size, small):
     seen, c0 = drawn(layer, steps)
     exact = outputs_and_gradients(plain, layer, seen, c0, None)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found, theirs = (outputs_and_gradients(run, layer, seen, c0, None) for run in (FastQRNNLayer._run, plain))
+        found, theirs = (outputs_and_gradients(run, layer, seen, c0, None) for run in (run_layer, plain))
     assert found[0].dtype == torch.bfloat16 and found[1].dtype == torch.float32
     for mine, other, truth in zip(found, theirs, exact, strict=True):
         assert mine.dtype == other.dtype
         assert (mine - truth).norm() <= 1.5 * (other - truth).norm() + 2**-8 * truth.norm()
     half = FastQRNNLayer(FEATURES, HIDDEN, kernel_size, dtype=torch.bfloat16)
-    h, c = half._run(seen.bfloat16(), c0, None)
+    h, c = run_layer(half, seen.bfloat16(), c0)
     h.sum().backward()
     assert h.dtype == half.weight.grad.dtype == torch.bfloat16 and c.dtype == torch.float32
 
@@ -271,7 +277,7 @@ def test_where_the_plain_layer_takes_over():
     expected, _ = plain(layer, seen, c0)
 
     def run(seen: Tensor) -> Tensor:
-        return layer._run(seen, c0, None)[0]
+        return run_layer(layer, seen, c0, None)[0]
 
     _, tangent = torch.func.jvp(run, (seen,), (torch.ones_like(seen),))
     with torch.autograd.forward_ad.dual_level():
@@ -279,13 +285,13 @@ def test_where_the_plain_layer_takes_over():
         torch.testing.assert_close(torch.autograd.forward_ad.unpack_dual(run(dual)).tangent, tangent)
     jacobian = torch.autograd.functional.jacobian(run, seen)
     torch.testing.assert_close(jacobian.sum((3, 4, 5)), tangent)
-    mapped = torch.func.vmap(lambda one: layer._run(one.unsqueeze(0), c0[:1], None)[0])(seen)
+    mapped = torch.func.vmap(lambda one: run_layer(layer, one.unsqueeze(0), c0[:1], None)[0])(seen)
     torch.testing.assert_close(mapped[0], expected[:1])
     for method in ("loop", "blocked", "log"):
         other = built(method=method)
         assert not other._is_fast(seen, torch.float64)
     assert not layer._is_fast(seen, torch.float16)
-    assert not layer._is_fast(seen[:, :1], torch.float64) and not layer._is_fast(seen[:0], torch.float64)
+    assert not layer._is_fast(seen[:, :0], torch.float64) and not layer._is_fast(seen[:0], torch.float64)
 
 
 def test_compiled_and_exported():
@@ -305,7 +311,7 @@ def test_many_derivatives_at_once(mode):
     seen, c0 = (array.detach() for array in drawn(layer, 5, batch=1))
 
     def run(seen: Tensor, c0: Tensor) -> Tensor:
-        return layer._run(seen, c0, None)[0]
+        return run_layer(layer, seen, c0, None)[0]
 
     found = torch.autograd.functional.jacobian(run, (seen, c0), vectorize=True)
     for mine, theirs in zip(found, torch.autograd.functional.jacobian(run, (seen, c0)), strict=True):
