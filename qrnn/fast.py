@@ -34,8 +34,8 @@ from qrnn.convolution import Halves, convolution, even_and_odd
 from qrnn_layer import MODES, QRNNLayer
 
 PIECE = 2**19  # 2 MiB in float32
-LOOP_STEPS = 16  # of a scan, two calls a step
-LERP_STEPS = 128  # of an average, one call a step
+LOOP_STEPS = 16
+LOOP_SIZE = 4096  # numbers in a step
 
 aten = torch.ops.aten
 sigmoid_backward = aten.sigmoid_backward.grad_input  # an overload by name is found three times as fast
@@ -85,7 +85,7 @@ def _average(c: Halves, z: Halves, g: Halves, one_by_one: bool) -> None:
     """
     (before_odd, even), (z_even, z_odd), (g_even, g_odd) = c, z, g
     odd = before_odd[1:]
-    if one_by_one or len(even) + len(odd) <= LERP_STEPS:
+    if one_by_one or _few(c):
         states, *inputs = map(_in_time, (c, z, g))
         for before, c_t, z_t, g_t in zip(states[:-1], states[1:], *inputs, strict=True):
             torch.lerp(before, z_t, g_t, out=c_t)
@@ -105,7 +105,7 @@ def _scan(x: Halves, g: Halves, backwards: bool = False, one_by_one: bool = Fals
     """
     (even, odd), (to_odd, to_even) = x, g
     length, later = len(odd), len(even) - 1
-    if one_by_one or length + later < LOOP_STEPS:
+    if one_by_one or _few(x):
         states = _in_time(x)
         steps = list(zip(states[:-1], states[1:], _in_time(g), strict=True))
         for before, after, gate in reversed(steps) if backwards else steps:
@@ -120,6 +120,12 @@ def _scan(x: Halves, g: Halves, backwards: bool = False, one_by_one: bool = Fals
         _carry(even[:length], odd, to_odd)
     else:
         _carry(even[1:], odd[:later], to_even)
+
+
+def _few(steps: Halves) -> bool:
+    """Return whether a loop over the steps is faster than to halve their number."""
+    even, odd = steps
+    return len(even) + len(odd) <= LOOP_STEPS or even[0].numel() >= LOOP_SIZE
 
 
 def _carry(state: Tensor, other: Tensor, g: Tensor) -> None:
