@@ -18,6 +18,7 @@ backward pass takes them from the last to the first.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 SHORT_FILTER_ROWS = 1024
@@ -30,48 +31,68 @@ def even_and_odd(array: Tensor) -> Halves:
 
 
 class Taps:
-    """One product for each of the K inputs that an output sees."""
+    """One product, of the K inputs that an output sees side by side."""
 
     split = split_states = staticmethod(even_and_odd)
 
     def __init__(self, window: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
         self.seen = torch.cat([window, x]) if len(window) else x
-        self.weights = weight.to(dtype).split(x.shape[2], dim=1)
-        self.bias = bias
+        self.weight, self.bias = weight.to(dtype), None if bias is None else bias.to(dtype)
 
     def project(self, piece: slice, y: Tensor) -> None:
         """Fill y, (n, B, rows of `weight`)."""
-        if self.bias is not None:
-            y.copy_(self.bias)
-        for k, weight in enumerate(self.weights):
-            _add_product(y, self._tap(piece, k), weight.t(), beta=k > 0 or self.bias is not None)
+        taps, rows = self._taps(piece), y.flatten(0, 1)
+        if rows.dtype != taps.dtype:
+            rows.copy_(F.linear(taps, self.weight, self.bias))
+        elif self.bias is None:
+            torch.mm(taps, self.weight.t(), out=rows)
+        else:
+            torch.addmm(self.bias, taps, self.weight.t(), out=rows)
 
     def start_backward(self, dtype: torch.dtype, differentiates_inputs: bool) -> None:
-        features = self.seen.shape[2]
-        self.weight_grad = self.weights[0].new_zeros(len(self.weights[0]), len(self.weights) * features, dtype=dtype)
-        self.bias_grad = self.weight_grad.new_zeros(len(self.weight_grad))
-        self.seen_grad = torch.empty_like(self.seen) if differentiates_inputs else None
-        if self.seen_grad is not None:
-            self.seen_grad[len(self.seen) - len(self.weights) + 1 :] = 0
+        self.weight_grad = torch.zeros_like(self.weight, dtype=dtype)
+        self.bias_grad = self.weight_grad.new_zeros(len(self.weight))
+        self.seen_grad = self.seen.new_empty(self.seen.shape) if differentiates_inputs else None
 
     def backward(self, piece: slice, y_grad: Tensor) -> None:
         """Add to the gradients."""
         self.bias_grad += y_grad.sum((0, 1))
-        rows = y_grad.flatten(0, 1).to(self.weights[0].dtype)
-        weight_grads = self.weight_grad.split(self.seen.shape[2], dim=1)
-        for k, (weight, weight_grad) in enumerate(zip(self.weights, weight_grads, strict=True)):
-            _add_product(weight_grad, rows.t(), self._tap(piece, k))
-            if self.seen_grad is not None:
-                _add_product(self.seen_grad[piece.start + k : piece.stop + k], rows, weight, beta=k > 0)
+        rows, taps = y_grad.flatten(0, 1).to(self.weight.dtype), self._taps(piece)
+        if self.weight_grad.dtype == rows.dtype:
+            self.weight_grad.addmm_(rows.t(), taps)
+        else:
+            self.weight_grad += torch.mm(rows.t(), taps)
+        if self.seen_grad is None:
+            return
+        steps, batch, features = len(y_grad), *self.seen.shape[1:]
+        parts = self.seen_grad[piece.start : piece.stop + len(self.seen) - self._steps]
+        if len(parts) == steps and parts.dtype == rows.dtype:
+            torch.mm(rows, self.weight, out=parts.flatten(0, 1))
+            return
+        to_taps = torch.mm(rows, self.weight).view(steps, batch, -1).split(features, dim=2)
+        parts[:steps] = to_taps[0]
+        if piece.stop == self._steps:
+            parts[steps:] = 0
+        for k, grad in enumerate(to_taps[1:], 1):
+            parts[k : k + steps] += grad
 
     def gradients(self) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:
         """Return the gradients of window, x, weight and bias, once all pieces are through."""
-        before = len(self.weights) - 1
+        before = len(self.seen) - self._steps
         inputs = (None, None) if self.seen_grad is None else (self.seen_grad[:before], self.seen_grad[before:])
         return *inputs, self.weight_grad, self.bias_grad
 
-    def _tap(self, piece: slice, k: int) -> Tensor:
-        return self.seen[piece.start + k : piece.stop + k].flatten(0, 1).to(self.weights[0].dtype)
+    @property
+    def _steps(self) -> int:
+        return len(self.seen) - self.weight.shape[1] // self.seen.shape[2] + 1
+
+    def _taps(self, piece: slice) -> Tensor:
+        """Return the inputs of a piece, (n B, K F)."""
+        steps, before = piece.stop - piece.start, len(self.seen) - self._steps
+        seen = self.seen[piece.start : piece.stop + before].to(self.weight.dtype)
+        if before:
+            seen = torch.cat([seen[k : k + steps] for k in range(before + 1)], dim=2)
+        return seen.flatten(0, 1)
 
 
 class ShortFilter:
@@ -107,7 +128,7 @@ class ShortFilter:
         odd.addmm_(d_b, self.second.t())
 
     def start_backward(self, dtype: torch.dtype, differentiates_inputs: bool) -> None:
-        self.x_grad = torch.empty_like(self.x) if differentiates_inputs else None
+        self.x_grad = self.x.new_empty(self.x.shape) if differentiates_inputs else None
         self.window_grad: Tensor | None = None
         self.weight_grads = self.both.new_zeros(3, *self.both.shape)
         self.bias_grad = self.both.new_zeros(len(self.both))
@@ -175,11 +196,3 @@ def convolution(
         return ShortFilter(window, x, weight, bias, longest)
     return Taps(window, x, weight, bias, dtype)
 
-
-def _add_product(out: Tensor, a: Tensor, b: Tensor, beta: bool = True) -> None:
-    """Set out, (..., columns), to the matrix product a b, plus itself if `beta`."""
-    if out.dtype == a.dtype and (out.dim() == 2 or out.is_contiguous()):
-        out.flatten(0, -2).addmm_(a, b, beta=float(beta))
-        return
-    product = torch.mm(a, b).view(out.shape)
-    out.add_(product) if beta else out.copy_(product)

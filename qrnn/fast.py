@@ -207,8 +207,10 @@ def _forward(
     """
     (batch, width), (steps, rows) = c0.shape, (len(x), len(weight))
     pieces, factors = _pieces(steps, batch * rows), setting.factors(weight)
-    scaled = weight * factors.unsqueeze(1), None if bias is None else bias * factors
-    convolves = convolution(window, x, *scaled, setting.dtype, pieces[0].stop)
+    scaled_before = weight.numel() < steps * batch * rows
+    if scaled_before:
+        weight, bias = weight * factors.unsqueeze(1), None if bias is None else bias * factors
+    convolves = convolution(window, x, weight, bias, setting.dtype, pieces[0].stop)
     gates, states = [], []
     h = x.new_empty(steps, batch, width, dtype=setting.dtype)
     for piece in pieces:
@@ -218,6 +220,8 @@ def _forward(
             states.append(c0.new_empty(length + 1, batch, width))
         y, c = gates[-1][:length], states[-1][: length + 1]
         convolves.project(piece, y)
+        if not scaled_before:
+            y *= factors
         z, g, i, o = map(convolves.split, _activate(y, setting))
         if keep is not None:
             for halves in (g, i) if setting.mode == "ifo" else (g,):
@@ -233,7 +237,10 @@ def _forward(
         else:
             _average(halves_of_c, z, g, one_by_one=keep is not None)
         for target, half, gate in zip(even_and_odd(h[piece]), (even, odd), o, strict=True):
-            target.copy_(half) if setting.mode == "f" else torch.mul(half, gate, out=target)
+            if setting.mode != "f" and h.dtype == c.dtype:
+                torch.mul(half, gate, out=target)
+            else:  # a result is fastest in its own dtype
+                target.copy_(half if setting.mode == "f" else half * gate)
         c0 = _last(halves_of_c)
     return h, c0.clone(), gates, states
 
@@ -279,7 +286,8 @@ class _Layer(torch.autograd.Function):
                 o_grad.zero_()
             else:
                 arrays = (c_even, c_odd[1:]), (d_even, d_odd[1:]), convolves.split(o), convolves.split(o_grad)
-                for given, states_, d, gate, grad in zip(even_and_odd(h_grad[piece]), *arrays, strict=True):
+                in_time = even_and_odd(h_grad[piece].to(c.dtype))
+                for given, states_, d, gate, grad in zip(in_time, *arrays, strict=True):
                     if setting.mode == "f":
                         d.copy_(given)
                     else:
