@@ -17,6 +17,8 @@ backward pass takes them from the last to the first.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -100,9 +102,10 @@ class ShortFilter:
 
     def __init__(self, window: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, longest: int) -> None:
         self.window, self.x, self.bias = window, x, bias
-        self.first, self.second = (tap.contiguous() for tap in weight.chunk(2, dim=1))
+        self.first, self.second = weight.chunk(2, dim=1)
         self.both = self.first + self.second
-        self.buffers = x.new_empty(3, (longest + 1) // 2, *x.shape[1:])
+        self.longest = (longest + 1) // 2  # pairs of steps in a piece
+        self.buffers = [x.new_empty(self.longest, *x.shape[1:])] * 3  # one after another
 
     @staticmethod
     def split(buffer: Tensor) -> Halves:
@@ -117,22 +120,23 @@ class ShortFilter:
 
     def project(self, piece: slice, y: Tensor) -> None:
         """Fill y, (n, B, rows of `weight`)."""
-        a_b, b, d_b = self._inputs(piece)
         even, odd = (half.flatten(0, 1) for half in self.split(y))
+        inputs = self._inputs(piece)
         if self.bias is None:
-            torch.mm(b, self.both.t(), out=even)
+            torch.mm(next(inputs), self.both.t(), out=even)
         else:
-            even.copy_(self.bias).addmm_(b, self.both.t())
+            torch.addmm(self.bias, next(inputs), self.both.t(), out=even)
         odd.copy_(even[: len(odd)])
-        even.addmm_(a_b, self.first.t())
-        odd.addmm_(d_b, self.second.t())
+        even.addmm_(next(inputs), self.first.t())
+        odd.addmm_(next(inputs), self.second.t())
 
     def start_backward(self, dtype: torch.dtype, differentiates_inputs: bool) -> None:
         self.x_grad = self.x.new_empty(self.x.shape) if differentiates_inputs else None
         self.window_grad: Tensor | None = None
         self.weight_grads = self.both.new_zeros(3, *self.both.shape)
         self.bias_grad = self.both.new_zeros(len(self.both))
-        self.sums = self.both.new_empty(self.buffers[0, :, :, 0].numel(), len(self.both))
+        self.sums = self.both.new_empty(self.longest * self.x.shape[1], len(self.both))
+        self.buffers = [torch.empty_like(self.buffers[0]) for _ in range(3)]  # side by side
 
     def backward(self, piece: slice, y_grad: Tensor) -> None:
         """Add to the gradients."""
@@ -142,15 +146,15 @@ class ShortFilter:
             both = self.sums[: len(even)]
             both[len(odd) :] = even[len(odd) :]
         self.bias_grad += both.sum(0)
-        inputs = self._inputs(piece)
-        for weight_grad, rows, columns in zip(self.weight_grads, (even, both, odd), inputs, strict=True):
+        inputs, grads = list(self._inputs(piece)), (both, even, odd)
+        for weight_grad, rows, columns in zip(self.weight_grads, grads, inputs, strict=True):
             weight_grad.addmm_(rows.t(), columns)
         if self.x_grad is not None:  # in the buffers of the inputs, which are through
-            for out, rows, weight in zip(inputs, (even, both, odd), (self.first, self.both, self.second), strict=True):
+            for out, rows, weight in zip(inputs, grads, (self.both, self.first, self.second), strict=True):
                 torch.mm(rows, weight, out=out)
             self._add_input_gradients(piece, *(out.view(-1, *self.x.shape[1:]) for out in inputs))
 
-    def _add_input_gradients(self, piece: slice, to_a: Tensor, to_b: Tensor, to_d: Tensor) -> None:
+    def _add_input_gradients(self, piece: slice, to_b: Tensor, to_a: Tensor, to_d: Tensor) -> None:
         b_grad, d_grad = even_and_odd(self.x_grad[piece])
         torch.sub(to_b, to_a, out=b_grad)
         b_grad[: len(to_d)] -= to_d
@@ -166,25 +170,24 @@ class ShortFilter:
 
     def gradients(self) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:
         """Return the gradients of window, x, weight and bias, once all pieces are through."""
-        first, both, second = self.weight_grads
+        both, first, second = self.weight_grads
         weight_grad = torch.cat([first.add_(both), second.add_(both)], dim=1)
         return self.window_grad, self.x_grad, weight_grad, self.bias_grad
 
-    def _inputs(self, piece: slice) -> list[Tensor]:
-        """Return a - b, b and d - b, each as a matrix. If n is odd, the last pair has no d."""
+    def _inputs(self, piece: slice) -> Iterator[Tensor]:
+        """Yield b, a - b and d - b, each as a matrix in a buffer. If n is odd, the last pair has no d."""
         b, d = even_and_odd(self.x[piece])
-        a_b, b_copy, d_b = (
+        b_copy, a_b, d_b = (
             buffer[: len(array)] for buffer, array in zip(self.buffers, (b, b, d), strict=True)
         )
-        start = piece.start
-        if start:
-            torch.sub(self.x[start - 1 : piece.stop - 1 : 2], b, out=a_b)
+        yield b_copy.copy_(b).flatten(0, 1)
+        if piece.start:
+            torch.sub(self.x[piece.start - 1 : piece.stop - 1 : 2], b, out=a_b)
         else:
             torch.sub(self.window[0], b[0], out=a_b[0])
             torch.sub(d[: len(b) - 1], b[1:], out=a_b[1:])
-        b_copy.copy_(b)
-        torch.sub(d, b[: len(d)], out=d_b)
-        return [array.flatten(0, 1) for array in (a_b, b_copy, d_b)]
+        yield a_b.flatten(0, 1)
+        yield torch.sub(d, b[: len(d)], out=d_b).flatten(0, 1)
 
 
 def convolution(
