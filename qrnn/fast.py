@@ -35,6 +35,7 @@ from qrnn_layer import MODES, QRNNLayer
 
 PIECE = 2**19  # 2 MiB in float32
 HALF_PIECE = 2**21  # of products in bfloat16
+PIECE_ROWS = 768  # at least, steps times batch
 LOOP_STEPS = 16
 LOOP_SIZE = 4096  # numbers in a step
 
@@ -173,10 +174,10 @@ def _factors(mode: str, factor: int, rows: int, dtype: torch.dtype) -> Tensor:
     return torch.tensor(blocks, dtype=dtype, device="cpu").repeat_interleave(rows // len(blocks))
 
 
-def _pieces(steps: int, step_size: int, dtype: torch.dtype) -> list[slice]:
-    """Cut the steps, of `step_size` numbers each, into pieces; all but the last have an even number of steps."""
-    size = HALF_PIECE if dtype == torch.bfloat16 else PIECE
-    length = max(2, size // step_size // 2 * 2)
+def _pieces(steps: int, batch: int, rows: int, dtype: torch.dtype) -> list[slice]:
+    """Cut the steps into pieces; all but the last have an even number of them."""
+    size = (HALF_PIECE if dtype == torch.bfloat16 else PIECE) // rows
+    length = max(2, max(size, PIECE_ROWS) // batch // 2 * 2)
     return [slice(start, min(start + length, steps)) for start in range(0, steps, length)]
 
 
@@ -208,7 +209,7 @@ def _forward(
     the gates, (n, B, MODES*H), and the states with the one before, (n + 1, B, H).
     """
     (batch, width), (steps, rows) = c0.shape, (len(x), len(weight))
-    pieces, factors = _pieces(steps, batch * rows, setting.dtype), setting.factors(weight)
+    pieces, factors = _pieces(steps, batch, rows, setting.dtype), setting.factors(weight)
     scaled_before = weight.numel() < steps * batch * rows
     if scaled_before:
         weight, bias = weight * factors.unsqueeze(1), None if bias is None else bias * factors
@@ -271,7 +272,7 @@ class _Layer(torch.autograd.Function):
         if torch.is_grad_enabled() or batched:  # second and many derivatives are those of the definition
             return *_gradients_of_definition(ctx, h_grad, c_grad), None
         setting, (batch, width), rows = ctx.setting, c0.shape, len(weight)
-        pieces = _pieces(len(x), batch * rows, setting.dtype)
+        pieces = _pieces(len(x), batch, rows, setting.dtype)
         convolves = convolution(window, x, weight, bias, setting.dtype, pieces[0].stop)
         convolves.start_backward(c0.dtype, any(ctx.needs_input_grad[:2]))
         buffers = c0.new_empty(pieces[0].stop, batch, rows), c0.new_empty(pieces[0].stop + 1, batch, width)

@@ -18,6 +18,7 @@ def small(request, monkeypatch) -> str:
     """Cut short sequences into pieces and let them use both convolutions and the scan, as long ones do."""
     monkeypatch.setattr(fast, "PIECE", 500)
     monkeypatch.setattr(fast, "HALF_PIECE", 500)
+    monkeypatch.setattr(fast, "PIECE_ROWS", 1)
     monkeypatch.setattr(fast, "LOOP_STEPS", 2)
     monkeypatch.setattr(convolution, "SHORT_FILTER_ROWS", 1 if request.param == "short filter" else 10**9)
     return request.param
