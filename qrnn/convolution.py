@@ -1,4 +1,4 @@
-"""The convolution of the fast layer, two ways: a product for each tap, or three products for two steps.
+"""The convolution of the fast layer, two ways: a product for the taps side by side, or short filters.
 
 Two neighbouring outputs of a kernel of width 2 take four products of a weight and an input. The short filter algorithm
 F(2,2) (Winograd 1980) takes three. Let both outputs see the input b, the even one also a, the input before it, and the
@@ -6,6 +6,11 @@ odd one d, the input after it:
 
     y_even = W0 a + W1 b = W0 (a - b) + (W0 + W1) b
     y_odd  = W0 b + W1 d = W1 (d - b) + (W0 + W1) b
+
+With a kernel of width 3 both outputs see b and c, and F(2,3) takes four products instead of six:
+
+    y_even = W0 a + W1 b + W2 c = W0 (a - c) + P (b + c) + M (c - b)        P = (W0 + W1 + W2) / 2
+    y_odd  = W0 b + W1 c + W2 d = W2 (d - b) + P (b + c) - M (c - b)        M = (W0 - W1 + W2) / 2
 
 An output meets no input that it should not see, so the future cannot leak into it, not even as rounding. (It would with
 F(3,2).) The gradients have the same form.
@@ -98,14 +103,26 @@ class Taps:
 
 
 class ShortFilter:
-    """F(2,2): three products for two steps. A buffer has the odd steps first, then the even ones."""
+    """F(2,2) or F(2,3). A buffer has the odd steps first, then the even ones.
+
+    The inputs of a pair of outputs are numbered 0 to K. The first products are shared, then come that of the even
+    output alone and that of the odd one alone. M has another sign in the odd output.
+    """
 
     def __init__(self, window: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, longest: int) -> None:
-        self.window, self.x, self.bias = window, x, bias
-        self.first, self.second = weight.chunk(2, dim=1)
-        self.both = self.first + self.second
+        self.x, self.bias, self.before = x, bias, len(window)
+        self.first_pair = [*window, *x[:2]]  # its inputs
+        taps = weight.chunk(self.before + 1, dim=1)
+        if self.before == 1:
+            shared = [taps[0] + taps[1]]
+            self.combinations = [(_copy, (1,)), (torch.sub, (0, 1)), (torch.sub, (2, 1))]
+        else:
+            half = (taps[0] + taps[2]).div_(2)
+            shared = [torch.add(half, taps[1], alpha=0.5), torch.sub(half, taps[1], alpha=0.5)]
+            self.combinations = [(torch.add, (1, 2)), (torch.sub, (2, 1)), (torch.sub, (0, 2)), (torch.sub, (3, 1))]
+        self.weights = [*shared, taps[0], taps[-1]]
         self.longest = (longest + 1) // 2  # pairs of steps in a piece
-        self.buffers = [x.new_empty(self.longest, *x.shape[1:])] * 3  # one after another
+        self.buffers = [x.new_empty(self.longest, *x.shape[1:])] * len(self.weights)  # one after another
 
     @staticmethod
     def split(buffer: Tensor) -> Halves:
@@ -121,73 +138,87 @@ class ShortFilter:
     def project(self, piece: slice, y: Tensor) -> None:
         """Fill y, (n, B, rows of `weight`)."""
         even, odd = (half.flatten(0, 1) for half in self.split(y))
-        inputs = self._inputs(piece)
+        inputs, weights = self._inputs(piece), [weight.t() for weight in self.weights]
         if self.bias is None:
-            torch.mm(next(inputs), self.both.t(), out=even)
+            torch.mm(next(inputs), weights[0], out=even)
         else:
-            torch.addmm(self.bias, next(inputs), self.both.t(), out=even)
-        odd.copy_(even[: len(odd)])
-        even.addmm_(next(inputs), self.first.t())
-        odd.addmm_(next(inputs), self.second.t())
+            torch.addmm(self.bias, next(inputs), weights[0], out=even)
+        if self.before == 1:
+            odd.copy_(even[: len(odd)])
+        else:
+            difference = torch.mm(next(inputs), weights[1])
+            torch.sub(even[: len(odd)], difference[: len(odd)], out=odd)
+            even += difference
+        even.addmm_(next(inputs), weights[-2])
+        odd.addmm_(next(inputs), weights[-1])
 
     def start_backward(self, dtype: torch.dtype, differentiates_inputs: bool) -> None:
-        self.x_grad = self.x.new_empty(self.x.shape) if differentiates_inputs else None
-        self.window_grad: Tensor | None = None
-        self.weight_grads = self.both.new_zeros(3, *self.both.shape)
-        self.bias_grad = self.both.new_zeros(len(self.both))
-        self.sums = self.both.new_empty(self.longest * self.x.shape[1], len(self.both))
-        self.buffers = [torch.empty_like(self.buffers[0]) for _ in range(3)]  # side by side
+        x = self.x
+        self.seen_grad = x.new_empty(len(x) + self.before, *x.shape[1:]) if differentiates_inputs else None
+        self.weight_grads = [torch.zeros_like(weight) for weight in self.weights]
+        self.bias_grad = x.new_zeros(len(self.weights[0]))
+        self.sums = x.new_empty(self.before, self.longest * x.shape[1], len(self.bias_grad))  # and differences
+        self.buffers = [torch.empty_like(self.buffers[0]) for _ in self.buffers]  # side by side
 
     def backward(self, piece: slice, y_grad: Tensor) -> None:
         """Add to the gradients."""
         even, odd = (half.flatten(0, 1) for half in self.split(y_grad))
-        both = torch.add(even[: len(odd)], odd, out=self.sums[: len(odd)])
-        if len(odd) < len(even):
-            both = self.sums[: len(even)]
-            both[len(odd) :] = even[len(odd) :]
-        self.bias_grad += both.sum(0)
-        inputs, grads = list(self._inputs(piece)), (both, even, odd)
+        shared = [sums[: len(even)] for sums in self.sums]
+        for rows, combine in zip(shared, (torch.add, torch.sub), strict=False):
+            combine(even[: len(odd)], odd, out=rows[: len(odd)])
+            rows[len(odd) :] = even[len(odd) :]
+        self.bias_grad += shared[0].sum(0)
+        inputs, grads = list(self._inputs(piece)), [*shared, even, odd]
         for weight_grad, rows, columns in zip(self.weight_grads, grads, inputs, strict=True):
             weight_grad.addmm_(rows.t(), columns)
-        if self.x_grad is not None:  # in the buffers of the inputs, which are through
-            for out, rows, weight in zip(inputs, grads, (self.both, self.first, self.second), strict=True):
+        if self.seen_grad is not None:  # in the buffers of the inputs, which are through
+            for out, rows, weight in zip(inputs, grads, self.weights, strict=True):
                 torch.mm(rows, weight, out=out)
             self._add_input_gradients(piece, *(out.view(-1, *self.x.shape[1:]) for out in inputs))
 
-    def _add_input_gradients(self, piece: slice, to_b: Tensor, to_a: Tensor, to_d: Tensor) -> None:
-        b_grad, d_grad = even_and_odd(self.x_grad[piece])
-        torch.sub(to_b, to_a, out=b_grad)
-        b_grad[: len(to_d)] -= to_d
-        inner = len(to_a) - 1  # inputs d that are the a of the next pair
-        torch.add(to_a[1:], to_d[:inner], out=d_grad[:inner])
-        if inner < len(to_d):
-            last = self.x_grad[piece.stop - 1]
-            last.copy_(to_d[-1]) if piece.stop == len(self.x) else last.add_(to_d[-1])
-        if piece.start:
-            self.x_grad[piece.start - 1] = to_a[0]
-        else:
-            self.window_grad = to_a[:1].clone()
+    def _add_input_gradients(self, piece: slice, *products: Tensor) -> None:
+        """Fill the first n steps of a piece of `seen_grad` and add to the others."""
+        (both, *difference), (to_even, to_odd) = products[:-2], products[-2:]
+        seen_grad, pairs = self.seen_grad[piece.start : piece.stop + self.before], len(to_even)
+        if piece.stop == len(self.x):
+            seen_grad[-self.before :] = 0
+        even, odd = even_and_odd(seen_grad)  # where inputs 0 and 1 of the pairs are
+        even[:pairs] = to_even
+        torch.sub(both, difference[0] if difference else to_even, out=odd[:pairs])
+        odd[: len(to_odd)] -= to_odd
+        if difference:
+            even[1 : pairs + 1] += both.add_(difference[0]).sub_(to_even)
+        (odd if difference else even)[1 : len(to_odd) + 1] += to_odd
 
     def gradients(self) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:
         """Return the gradients of window, x, weight and bias, once all pieces are through."""
-        both, first, second = self.weight_grads
-        weight_grad = torch.cat([first.add_(both), second.add_(both)], dim=1)
-        return self.window_grad, self.x_grad, weight_grad, self.bias_grad
+        *shared, first, last = self.weight_grads
+        if self.before == 1:
+            taps = [first.add_(shared[0]), last.add_(shared[0])]
+        else:
+            half = (shared[0] + shared[1]).div_(2)
+            taps = [first.add_(half), shared[0].sub_(shared[1]).div_(2), last.add_(half)]
+        before = self.before
+        inputs = (None, None) if self.seen_grad is None else (self.seen_grad[:before], self.seen_grad[before:])
+        return *inputs, torch.cat(taps, dim=1), self.bias_grad
 
     def _inputs(self, piece: slice) -> Iterator[Tensor]:
-        """Yield b, a - b and d - b, each as a matrix in a buffer. If n is odd, the last pair has no d."""
-        b, d = even_and_odd(self.x[piece])
-        b_copy, a_b, d_b = (
-            buffer[: len(array)] for buffer, array in zip(self.buffers, (b, b, d), strict=True)
-        )
-        yield b_copy.copy_(b).flatten(0, 1)
-        if piece.start:
-            torch.sub(self.x[piece.start - 1 : piece.stop - 1 : 2], b, out=a_b)
-        else:
-            torch.sub(self.window[0], b[0], out=a_b[0])
-            torch.sub(d[: len(b) - 1], b[1:], out=a_b[1:])
-        yield a_b.flatten(0, 1)
-        yield torch.sub(d, b[: len(d)], out=d_b).flatten(0, 1)
+        """Yield what the weights are multiplied by, each as a matrix in a buffer. If n is odd, input K is missing."""
+        steps = piece.stop - piece.start
+        skipped = 0 if piece.start else 1  # the first pair of all, some of whose inputs are in the window
+        start = piece.start + 2 * skipped - self.before
+        for buffer, (combine, which) in zip(self.buffers, self.combinations, strict=True):
+            pairs = (steps + 1) // 2 - (self.before + 1 in which and steps % 2)
+            out, stop = buffer[:pairs], start + 2 * (pairs - skipped) - 1
+            if skipped and pairs:
+                combine(*(self.first_pair[i] for i in which), out=out[0])
+            if pairs > skipped:
+                combine(*(self.x[start + i : stop + i : 2] for i in which), out=out[skipped:])
+            yield out.flatten(0, 1)
+
+
+def _copy(array: Tensor, out: Tensor) -> Tensor:
+    return out.copy_(array)
 
 
 def convolution(
@@ -195,7 +226,6 @@ def convolution(
 ) -> Taps | ShortFilter:
     """Return the convolution for pieces of at most `longest` steps."""
     same = x.dtype == window.dtype == weight.dtype == dtype != torch.bfloat16
-    if same and len(window) == 1 and x.shape[0] * x.shape[1] >= SHORT_FILTER_ROWS:
+    if same and len(window) in (1, 2) and x.shape[0] * x.shape[1] >= SHORT_FILTER_ROWS:
         return ShortFilter(window, x, weight, bias, longest)
     return Taps(window, x, weight, bias, dtype)
-
