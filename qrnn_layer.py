@@ -135,13 +135,11 @@ class QRNNLayer(nn.Module):
             lengths = check_lengths(lengths, batch_size, time).to(x.device)
             padding = (torch.arange(time, device=x.device) >= lengths.unsqueeze(1)).unsqueeze(2)  # (B, T, 1)
             x = x.masked_fill(padding, 0)
-        window = state.window.to(x.dtype)
-        h, c = self._run(window, x, state.c, self._keep(x, padding))
+        h, c = self._run(state.window, x, state.c, self._keep(x, padding))
         if lengths is None or padding is None:
-            seen = torch.cat([window, x[:, -window.shape[1] or time :]], dim=1)
-            return h, QRNNState(c, seen[:, seen.shape[1] - window.shape[1] :].clone())  # a view would keep all of it
+            return h, QRNNState(c, torch.cat([state.window[:, time:], x[:, max(time - self.kernel_size + 1, 0) :]], 1))
         last = lengths.unsqueeze(1) + torch.arange(self.kernel_size - 1, device=x.device)  # (B, K-1)
-        seen = torch.cat([window, x], dim=1)
+        seen = torch.cat([state.window, x], dim=1)
         return h.masked_fill(padding, 0), QRNNState(c, seen.take_along_dim(last.unsqueeze(2), dim=1))
 
     def _keep(self, x: Tensor, padding: Tensor | None = None) -> Tensor | None:
@@ -191,7 +189,7 @@ class QRNNLayer(nn.Module):
         dtype = torch.promote_types(x.dtype, torch.float32)
         check_tensor("state.c", state[0], (x.shape[0], self.hidden_size), device, dtype)
         check_tensor("state.window", state[1], (x.shape[0], self.kernel_size - 1, self.input_size), device)
-        return QRNNState(*state)
+        return QRNNState(state[0], state[1].to(x.dtype))
 
 
 def pool(

@@ -22,7 +22,7 @@ backward pass takes them from the last to the first.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +38,7 @@ def even_and_odd(array: Tensor) -> Halves:
 
 
 class Taps:
-    """One product, of the K inputs that an output sees side by side."""
+    """One product, of the K inputs that an output sees, side by side."""
 
     split = split_states = staticmethod(even_and_odd)
 
@@ -113,6 +113,7 @@ class ShortFilter:
         self.x, self.bias, self.before = x, bias, len(window)
         self.first_pair = [*window, *x[:2]]  # its inputs
         taps = weight.chunk(self.before + 1, dim=1)
+        self.combinations: list[tuple[Callable[..., Tensor], tuple[int, ...]]]
         if self.before == 1:
             shared = [taps[0] + taps[1]]
             self.combinations = [(_copy, (1,)), (torch.sub, (0, 1)), (torch.sub, (2, 1))]
@@ -172,17 +173,18 @@ class ShortFilter:
         for weight_grad, rows, columns in zip(self.weight_grads, grads, inputs, strict=True):
             weight_grad.addmm_(rows.t(), columns)
         if self.seen_grad is not None:  # in the buffers of the inputs, which are through
+            part = self.seen_grad[piece.start : piece.stop + self.before]
+            if piece.stop == len(self.x):
+                part[-self.before :] = 0
             for out, rows, weight in zip(inputs, grads, self.weights, strict=True):
                 torch.mm(rows, weight, out=out)
-            self._add_input_gradients(piece, *(out.view(-1, *self.x.shape[1:]) for out in inputs))
+            self._add_input_gradients(part, *(out.view(-1, *self.x.shape[1:]) for out in inputs))
 
-    def _add_input_gradients(self, piece: slice, *products: Tensor) -> None:
-        """Fill the first n steps of a piece of `seen_grad` and add to the others."""
+    def _add_input_gradients(self, seen_grad: Tensor, *products: Tensor) -> None:
+        """Fill the first n steps of the piece's part of `seen_grad` and add to the others."""
         (both, *difference), (to_even, to_odd) = products[:-2], products[-2:]
-        seen_grad, pairs = self.seen_grad[piece.start : piece.stop + self.before], len(to_even)
-        if piece.stop == len(self.x):
-            seen_grad[-self.before :] = 0
         even, odd = even_and_odd(seen_grad)  # where inputs 0 and 1 of the pairs are
+        pairs = len(to_even)
         even[:pairs] = to_even
         torch.sub(both, difference[0] if difference else to_even, out=odd[:pairs])
         odd[: len(to_odd)] -= to_odd

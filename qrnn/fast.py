@@ -2,18 +2,23 @@
 
 Four ideas, each with its rule:
 
-1. Three products for two steps, see `qrnn.convolution`. Rule: kernel_size = 2, float32 or float64, SHORT_FILTER_ROWS
-   rows (steps times batch) or more: fewer do not pay for W0 + W1, and bfloat16 would round the differences. Otherwise
-   each tap is a product, so kernel_size = 1 has two thirds of the work of 2, and 3 has twice as much.
+1. Fewer products, see `qrnn.convolution`: three for two steps of two taps, four for two steps of three. Rule:
+   kernel_size 2 or 3, float32 or float64, SHORT_FILTER_ROWS rows (steps times batch) or more; fewer do not pay for the
+   sums of weights. So kernel_size = 1 has two thirds of the work of 2, and 3 has four thirds. In bfloat16 the rounded
+   sums would make the error 1.4 times as large, and products are cheap; there it is one product, of all taps at once.
 2. Pieces that stay in the cache. The layer goes through time in pieces of about PIECE numbers in the projection.
-   Product, gates, pooling and output of a piece come before the next piece; the state runs on. Rule: always.
+   Product, gates, pooling and output of a piece come before the next piece; the state runs on. Each product packs the
+   weights anew, so there are PIECE_ROWS rows at least, and in bfloat16, where packing weighs more, HALF_PIECE numbers.
+   The window before the inputs is read where it is: nothing is copied to stand before them. Rule: always.
 3. Few passes over memory. Gates are computed in place, in the buffer of the projection. The backward pass needs these
-   values alone, so they are what is kept; without gradients, no more than a piece is. Rule: always.
+   values alone, so they are what is kept; without gradients, no more than a piece is. Signs and factors are such that
+   one sigmoid serves all blocks, tanh included, 2 sigmoid(2a) - 1. They are multiplied into the weight or into the
+   projection, whichever has fewer numbers. Rule: always.
 4. 1 - f instead of f. A gate near 1 has lost the digits of 1 - f in float32, and the errors of T steps add up. The gate
    g = 1 - f = sigmoid(-a) has them all, and two steps are joined by 1 - f f' = g + (1 - g) g'. Where f is near 0, it is
    exact to 6e-8 of the state that it lets through. Rule: always. The scan halves the number of steps until no more than
-   LOOP_STEPS are left, which go one by one: fewer calls, fewer passes. Where a state is to stay as it is, all steps go
-   one by one, for then it stays to the bit.
+   LOOP_STEPS are left, which go one by one: fewer calls, fewer passes. Steps of LOOP_SIZE numbers or more go one by one
+   at once. So do all where a state is to stay as it is, for then it stays to the bit.
 
 Where the plain layer takes over: see `FastQRNNLayer`.
 """
@@ -37,7 +42,7 @@ PIECE = 2**19  # 2 MiB in float32
 HALF_PIECE = 2**21  # of products in bfloat16
 PIECE_ROWS = 768  # at least, steps times batch
 LOOP_STEPS = 16
-LOOP_SIZE = 4096  # numbers in a step
+LOOP_SIZE = 4096  # numbers in a step, batch times width
 
 aten = torch.ops.aten
 sigmoid_backward = aten.sigmoid_backward.grad_input  # an overload by name is found three times as fast
@@ -214,7 +219,8 @@ def _forward(
     if scaled_before:
         weight, bias = weight * factors.unsqueeze(1), None if bias is None else bias * factors
     convolves = convolution(window, x, weight, bias, setting.dtype, pieces[0].stop)
-    gates, states = [], []
+    gates: list[Tensor] = []
+    states: list[Tensor] = []
     h = x.new_empty(steps, batch, width, dtype=setting.dtype)
     for piece in pieces:
         length = piece.stop - piece.start
@@ -290,12 +296,12 @@ class _Layer(torch.autograd.Function):
             else:
                 arrays = (c_even, c_odd[1:]), (d_even, d_odd[1:]), convolves.split(o), convolves.split(o_grad)
                 in_time = even_and_odd(h_grad[piece].to(c.dtype))
-                for given, states_, d, gate, grad in zip(in_time, *arrays, strict=True):
+                for grads, half, d, gate, grad in zip(in_time, *arrays, strict=True):
                     if setting.mode == "f":
-                        d.copy_(given)
+                        d.copy_(grads)
                     else:
-                        torch.mul(given, gate, out=d)
-                        torch.mul(given, states_, out=grad)
+                        torch.mul(grads, gate, out=d)
+                        torch.mul(grads, half, out=grad)
             # c_t = (1 - g_t) c_{t-1} + i_t z_t
             delta[0] = 0
             _last((d_odd, d_even)).add_(carried)
@@ -315,8 +321,8 @@ class _Layer(torch.autograd.Function):
             sigmoid_backward(y_grad[..., width:], y[..., width:], grad_input=y_grad[..., width:])  # f' = f (1 - f)
             convolves.backward(piece, y_grad)
         window_grad, x_grad, weight_grad, bias_grad = convolves.gradients()
-        bias_grad = None if bias is None else bias_grad.to(bias.dtype)
-        return window_grad, x_grad, carried, None, weight_grad.to(weight.dtype), bias_grad, None
+        to_bias = None if bias is None else bias_grad.to(bias.dtype)
+        return window_grad, x_grad, carried, None, weight_grad.to(weight.dtype), to_bias, None
 
 
 def _definition(window, x, c0, keep, weight, bias, setting) -> tuple[Tensor, Tensor]:

@@ -60,7 +60,7 @@ class DecoderLayer(QRNNLayer):
             condition: (B, rows of `weight`), added to the pre-activations of every step (V h~ of eq. 7).
         """
         state = self._check_input(x, state)
-        seen = torch.cat([state.window.to(x.dtype), x], dim=1)  # (B, K-1+T, F)
+        seen = torch.cat([state.window, x], dim=1)  # (B, K-1+T, F)
         c, o = self._cells(self._project(seen) + condition.unsqueeze(1), state.c, self._keep(x))
         assert o is not None  # `QRNNSeq2Seq` takes no mode without an output gate
         time = x.shape[1]
