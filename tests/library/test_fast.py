@@ -292,6 +292,7 @@ def test_where_the_plain_layer_takes_over():
         other = built(method=method)
         assert not other._is_fast(seen, torch.float64)
     assert not layer._is_fast(seen, torch.float16)
+    assert not layer._is_fast(seen.detach().as_subclass(type("Subclass", (Tensor,), {})), torch.float64)
     assert not layer._is_fast(seen[:, :0], torch.float64) and not layer._is_fast(seen[:0], torch.float64)
 
 
@@ -317,3 +318,61 @@ def test_many_derivatives_at_once(mode):
     found = torch.autograd.functional.jacobian(run, (seen, c0), vectorize=True)
     for mine, theirs in zip(found, torch.autograd.functional.jacobian(run, (seen, c0)), strict=True):
         torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("mode", ["f", "fo", "ifo"])
+@pytest.mark.parametrize("steps", [1, 2, 20, 21])
+def test_large_steps_go_one_by_one(steps, mode, monkeypatch):
+    monkeypatch.setattr(fast, "LOOP_SIZE", 1)
+    layer = built(mode=mode)
+    assert_same(layer, *drawn(layer, steps))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("steps", [2, 40])
+def test_factors_in_the_weight_or_in_the_projection(steps, activation):
+    layer = built(activation=activation)
+    seen, c0 = drawn(layer, steps)
+    rows = len(layer.weight)
+    assert (layer.weight.numel() < steps * BATCH * rows) == (steps == 40)  # the fewer numbers of the two
+    assert_same(layer, seen, c0)
+
+
+@pytest.mark.parametrize(("rows", "dtype"), [(192, torch.float32), (1920, torch.float32), (1920, torch.bfloat16)])
+@pytest.mark.parametrize(("steps", "batch"), [(1, 1), (513, 8), (128, 32), (31, 5000)])
+def test_pieces_cover_all_steps_and_are_even_and_long_enough(steps, batch, rows, dtype, monkeypatch):
+    monkeypatch.undo()
+    pieces = fast._pieces(steps, batch, rows, dtype)
+    assert [step for piece in pieces for step in range(piece.start, piece.stop)] == list(range(steps))
+    lengths = [piece.stop - piece.start for piece in pieces]
+    size = fast.HALF_PIECE if dtype == torch.bfloat16 else fast.PIECE
+    for length in lengths[:-1]:
+        assert length % 2 == 0 and (length == 2 or length * batch * rows <= max(size, fast.PIECE_ROWS * rows))
+        assert length == 2 or (length + 2) * batch > fast.PIECE_ROWS
+
+
+@pytest.mark.parametrize("kernel_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("steps", [0, 1, 2, 5])
+def test_the_window_that_is_left_is_that_of_the_whole(steps, kernel_size):
+    layer = built(kernel_size)
+    x, before = torch.randn(BATCH, steps, FEATURES).double(), torch.randn(BATCH, 3, FEATURES).double()
+    _, state = layer(before)
+    _, after = layer(x, state)
+    seen = torch.cat([torch.zeros_like(before), before, x], dim=1)
+    expected = seen[:, seen.shape[1] - kernel_size + 1 :]
+    assert torch.equal(after.window, expected)
+    assert after.window.untyped_storage().nbytes() == expected.numel() * 8  # it keeps no more than itself in memory
+
+
+@pytest.mark.parametrize("kernel_size", [2, 3])
+@pytest.mark.parametrize("steps", [1, 2, 3, 30, 31])
+def test_gradients_reach_the_window(steps, kernel_size):
+    layer = built(kernel_size)
+    seen, c0 = drawn(layer, steps)
+    x = seen[:, kernel_size - 1 :].detach()
+    window = seen[:, : kernel_size - 1].detach().requires_grad_()
+
+    def gradient(run) -> Tensor:
+        return torch.autograd.grad(run(layer, torch.cat([window, x], dim=1), c0)[0].sin().sum(), window)[0]
+
+    torch.testing.assert_close(gradient(run_layer), gradient(plain), rtol=0, atol=1e-13)
