@@ -168,15 +168,15 @@ class _Setting(NamedTuple):
     def activation(self) -> _Activation:
         return ACTIVATIONS[self.layer.activation]
 
-    def factors(self, weight: Tensor) -> Tensor:
-        """Return what the rows of the projection are multiplied by, (rows,), see `_activate`."""
-        return _factors(self.mode, self.activation.factor or 1, len(weight), weight.dtype)
+    def factors(self, dtype: torch.dtype) -> Tensor:
+        """Return what the numbers of a step of the projection are multiplied by, (rows,), see `_activate`."""
+        return _factors(self.mode, self.activation.factor or 1, self.layer.hidden_size, dtype)
 
 
 @lru_cache(64)
-def _factors(mode: str, factor: int, rows: int, dtype: torch.dtype) -> Tensor:
+def _factors(mode: str, factor: int, width: int, dtype: torch.dtype) -> Tensor:
     blocks = [factor, -1, 1, 1][: MODES[mode]]  # 1 - f = sigmoid(-a)
-    return torch.tensor(blocks, dtype=dtype, device="cpu").repeat_interleave(rows // len(blocks))
+    return torch.tensor(blocks, dtype=dtype, device="cpu").repeat_interleave(width)
 
 
 def _pieces(steps: int, batch: int, rows: int, dtype: torch.dtype) -> list[slice]:
@@ -214,7 +214,7 @@ def _forward(
     the gates, (n, B, MODES*H), and the states with the one before, (n + 1, B, H).
     """
     (batch, width), (steps, rows) = c0.shape, (len(x), len(weight))
-    pieces, factors = _pieces(steps, batch, rows, setting.dtype), setting.factors(weight)
+    pieces, factors = _pieces(steps, batch, rows, setting.dtype), setting.factors(weight.dtype)
     scaled_before = weight.numel() < steps * batch * rows
     if scaled_before:
         weight, bias = weight * factors.unsqueeze(1), None if bias is None else bias * factors
@@ -382,7 +382,7 @@ class FastQRNNLayer(QRNNLayer):
             weight, bias = weight.to(setting.dtype), None if bias is None else bias.to(setting.dtype)
         seen = torch.cat([window, x], dim=1) if window.shape[1] else x
         y = F.linear(seen.flatten(1).to(setting.dtype), weight, bias).to(c0.dtype)
-        z, g, i, o = _activate(y.mul_(setting.factors(y[0])), setting)
+        z, g, i, o = _activate(y.mul_(setting.factors(y.dtype)), setting)
         c = torch.lerp(c0, z, g) if self.mode != "ifo" else torch.addcmul(c0, g, c0, value=-1).addcmul_(i, z)
         if keep is not None:
             c = torch.where(keep[:, 0], c0, c)
