@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 METHODS = ("loop", "log", "blocked", "scan")
 MODES = {"f": 2, "fo": 3, "ifo": 4}  # mode -> blocks of the projection, in the order z, f, [i], [o]
+GAINS = {"f": 2, "fo": 4, "ifo": 4}  # of the initial weights of z, see `reset_parameters`
 ACTIVATIONS = {name: getattr(torch, name) for name in ("exp", "sigmoid", "relu", "tanh")} | {"identity": lambda a: a}
 ACTIVATIONS |= {"softplus": F.softplus, "shifted_softplus": lambda a: F.softplus(2 * a) - math.log(2), "elu": F.elu}
 FLOORS = {"tanh": -1, "elu": -1, "shifted_softplus": -math.log(2), "identity": -math.inf}  # z >= floor; 0 of all others
@@ -60,9 +61,8 @@ class QRNNLayer(nn.Module):
         kernel_size: width K of the convolution. Step t sees the inputs t - K + 1 ... t, never a later one.
         mode: "f", "fo" or "ifo" (section 2 of the paper): which gates there are.
         zoneout: probability that a channel keeps its state for a step, in training (eq. 6, without rescaling).
-        activation: of the candidate: "softplus", "exp", "sigmoid", "relu"; of any sign "tanh" (the paper's), "elu",
-            "identity" and "shifted_softplus": softplus(2a) - log 2, never below -log 2, and 0 with slope 1 at a = 0, as
-            tanh. With softplus(a) - log 2, of slope 1/2, language models learned worse, and worst with softplus.
+        activation: of the candidate: "tanh" (the paper's), "elu", "identity" or "shifted_softplus", softplus(2a) - log
+            2, which has value 0 and slope 1 at 0, as tanh. Never negative: "softplus", "exp", "sigmoid" and "relu".
         bias, method: whether the projection has a bias; how to pool, see `pool`. In "f" and "fo", where z >= -s, errors
             of "log" and "blocked" are relative to the same pooling of |z| + s. device, dtype: of the parameters.
     Raises TypeError or ValueError if an argument is of a wrong type or out of range.
@@ -78,7 +78,7 @@ class QRNNLayer(nn.Module):
         mode: str = "fo",
         zoneout: float = 0.0,
         *,
-        activation: str = "softplus",
+        activation: str = "tanh",
         bias: bool = True,
         method: str = "auto",
         device: torch.device | str | None = None,
@@ -98,13 +98,17 @@ class QRNNLayer(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self, forget_bias: float = 0.0) -> None:
-        """Draw uniformly from +-1/sqrt(K F), as nn.Conv1d does. A positive `forget_bias` remembers longer at first."""
+        """Draw uniformly from +-1/sqrt(K F), as nn.Conv1d does. A positive `forget_bias` remembers longer at first.
+
+        The weights of z are larger by `GAINS`: gates near 1/2 halve z and c, so signals would die out in a deep stack.
+        """
         expect(self.bias is not None or not forget_bias, "forget_bias", forget_bias, "0 for a layer without bias")
         bound = 1 / math.sqrt(self.kernel_size * self.input_size)
         for parameter in self.parameters():
             nn.init.uniform_(parameter, -bound, bound)
-        if self.bias is not None:
-            with torch.no_grad():
+        with torch.no_grad():
+            self.weight[: self.hidden_size] *= GAINS[self.mode]
+            if self.bias is not None:
                 self.bias[self.hidden_size : 2 * self.hidden_size] += forget_bias
 
     def extra_repr(self) -> str:
@@ -174,9 +178,8 @@ class QRNNLayer(nn.Module):
         return self._pool(log_f, i * z, c0, keep), o
 
     def _pool(self, log_f: Tensor, x: Tensor, c0: Tensor, keep: Tensor | None) -> Tensor:
-        floor = FLOORS.get(self.activation, 0)
-        floor = -math.inf if self.mode == "ifo" and floor < 0 else floor  # for i may exceed 1 - f
-        return _recurrence(log_f, x, c0, self.method, 64, floor, keep)
+        floor = FLOORS.get(self.activation, 0)  # in "ifo" i may exceed 1 - f, so one below 0 does not hold
+        return _recurrence(log_f, x, c0, self.method, 64, -math.inf if floor and self.mode == "ifo" else floor, keep)
 
     def _check_input(self, x: Tensor, state: QRNNState | None) -> QRNNState:
         device, dtype = self.weight.device, self.weight.dtype
@@ -212,8 +215,7 @@ def pool(
             "log": `closed_form` of the whole sequence. Its error grows with T: relative, it is at most
             4 eps (1 + log T + max |c_t| + max |log_x_t|), c_t the running sum of log_f. A gate of 0 counts as 1e-38.
             "blocked": `closed_form` inside blocks of `block_size` steps, in float64: 1e-5 for any T.
-            "scan": odd-even scan of log gates and plain states: 5e-6 for any T. Products that underflow are lost: of
-            x = 1e36 four gates of 3e-12 leave 0 here, and the right 8e-11 in the log forms.
+            "scan": odd-even scan of log gates and plain states: 5e-6 for any T. Products of gates below 1e-38 are 0.
             "auto": "scan", the fastest on a CPU; on CUDA "blocked", not measured yet, but "scan" if deterministic.
         check: also check values, which makes a GPU wait. Unchecked, log_f > 0, NaN and inf are computed as they stand.
     Returns h, (B, T, H), in the dtype of log_f. bfloat16 and float16 are pooled in float32 and cast back.
@@ -257,14 +259,13 @@ def _loop(log_f: Tensor, x: Tensor, h0: Tensor) -> Tensor:
 
 def _blocked(log_f: Tensor, x: Tensor, h0: Tensor, floor: float, block_size: int) -> Tensor:
     """The closed form inside blocks, the scan from block to block; in float64, for a log c is off by eps |c|."""
-    (batch_size, length, channels), block_size = x.shape, min(block_size, x.shape[1])
-    shape = batch_size, -(-length // block_size), block_size, channels
-    f_blocks, x_blocks = (F.pad(a, (0, 0, 0, -length % block_size)).double().reshape(shape) for a in (log_f, x))
+    (batch_size, length, channels), size = x.shape, min(block_size, x.shape[1])
+    shape = batch_size, -(-length // size), size, channels
+    f_blocks, x_blocks = (F.pad(a, (0, 0, 0, -length % size)).double().reshape(shape) for a in (log_f, x))
     h, c = _closed_form_of_any_sign(f_blocks, x_blocks, floor)  # as if every block started from 0
     ends = _scan(c[:, :, -1], h[:, :, -1], h0.double())  # (B, blocks, H), the true state after each block
-    starts = torch.cat([h0.double().unsqueeze(1), ends[:, :-1]], dim=1)
-    h = (h + c.exp() * starts.unsqueeze(2)).reshape(batch_size, shape[1] * block_size, channels)
-    return h.narrow(1, 0, length).to(x.dtype)
+    h = h + c.exp() * torch.cat([h0.double().unsqueeze(1), ends[:, :-1]], dim=1).unsqueeze(2)
+    return h.reshape(batch_size, shape[1] * size, channels).narrow(1, 0, length).to(x.dtype)
 
 
 def _closed_form_of_any_sign(log_f: Tensor, x: Tensor, floor: float) -> tuple[Tensor, Tensor]:
@@ -284,8 +285,7 @@ def _scan(log_f: Tensor, x: Tensor, h0: Tensor) -> Tensor:
 
     A plain gate near 1 has lost the digits of 1 - f, and a product of T of them collects the loss; a sum of logs not.
     """
-    first = x[:, 0] + log_f[:, 0].exp() * h0
-    h = torch.cat([first.unsqueeze(1), x[:, 1:]], dim=1)
+    h = torch.cat([(x[:, 0] + log_f[:, 0].exp() * h0).unsqueeze(1), x[:, 1:]], dim=1)
     scan_in_place(h, log_f[:, 1:])
     return h
 

@@ -146,8 +146,9 @@ class Networks:
     """QRNN: how the recurrence is computed; all methods give the same result. auto: the fastest for the device."""
     dropout: Probability = 0.0
     """Dropout between the recurrent layers."""
-    initialisation: Literal["uniform", "xavier"] = "uniform"
-    """Initial weights of the recurrent layers, in either model. uniform: as PyTorch draws those of such layers.
+    initialisation: Literal["scaled", "uniform", "xavier"] = "scaled"
+    """Initial weights of the recurrent layers, in either model. uniform: as nn.LSTM draws them.
+    scaled: those of the candidates larger, four times mostly, so that signals do not die out in a deep stack.
     xavier: Glorot's, orthogonal ones from a state to a state, biases 0."""
     forget_bias: Annotated[float, Range(low=-20, high=20)] = 0.0
     """Number added to the bias of the forget gates at the start, in either model; more remembers longer."""

@@ -86,7 +86,7 @@ class QRNN(nn.Module):
         first_kernel_size: int = 1,
         mode: str = "fo",
         zoneout: float = 0.0,
-        activation: str = "softplus",
+        activation: str = "tanh",
         dense: bool = False,
         method: str = "auto",
         device: torch.device | str | None = None,

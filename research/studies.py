@@ -48,12 +48,14 @@ RESULTS = ROOT / "research" / "results"
 NAMES = Config.names
 JOBS = 2  # runs at a time
 BF16 = " --amp bf16"
-SMALL = f"--preset small{BF16}"
+UNIFORM = "--initialisation uniform"  # as in all runs of the first round
+SMALL = f"--preset small{BF16} {UNIFORM}"
 SHORT = f"{SMALL} --epochs 1 --no-test --models"
 SEEDED = tuple(product(range(3), ("qrnn", "lstm")))
 STREAM = "--protocol stream --vocabulary None"
 DROPOUT = "--dropout {0} --dropout-embedding {0} --dropout-output {0}"  # the same in all three places
 STREAMED = f"{SMALL} {STREAM} --embedding 256 --batch-size 20 --bptt 70"  # as published numbers have it
+LARGER = "research.variants gain"  # initial candidates, of either model
 FIRST_KERNEL = f"{SMALL} --models qrnn --first-kernel-size 1 --hidden 292"
 PTB_WIDTH = 359  # of two layers, the first of which sees one word
 PTB = f"{STREAMED} --corpus ptb --lr 4e-3 {DROPOUT.format(0.4)}"
@@ -128,7 +130,7 @@ def numerics() -> Jobs:
     model = "--models qrnn --mode fo --activation softplus --embedding 128 --hidden 128 --epochs 3"
     jobs = {}
     for length, rows in ((256, 16), (1024, 4)):
-        flags = f"--preset small {STREAM} --corpus ptb {model} --bptt {length} --batch-size {rows}"
+        flags = f"--preset small {UNIFORM} {STREAM} --corpus ptb {model} --bptt {length} --batch-size {rows}"
         jobs[f"T = {length}, scan"] = Job(f"{flags} --method scan")
         jobs[f"T = {length}, closed form, autograd"] = Job(flags, "research.closed_form")
     return jobs
@@ -203,7 +205,7 @@ def initial() -> Jobs:
         "LSTM": f"{SMALL} --models lstm",
     }
     return {
-        f"{label}, seed {seed}": Job(f"{mine} --seed {seed}", "research.variants gain")
+        f"{label}, seed {seed}": Job(f"{mine} --seed {seed}", LARGER)
         for seed in range(3)
         for label, mine in flags.items()
     }
@@ -219,9 +221,9 @@ def candidates() -> Jobs:
     }
     lstm = f"{SHORT} lstm"
     jobs |= {
-        "tanh, larger initial candidates": Job(f"{flags} tanh", "research.variants gain"),
-        "LSTM, larger initial candidates": Job(lstm, "research.variants gain"),
-        "shifted_softplus, larger initial candidates": Job(f"{flags} shifted_softplus", "research.variants gain"),
+        "tanh, larger initial candidates": Job(f"{flags} tanh", LARGER),
+        "LSTM, larger initial candidates": Job(lstm, LARGER),
+        "shifted_softplus, larger initial candidates": Job(f"{flags} shifted_softplus", LARGER),
         "LSTM, Glorot's initial weights": Job(f"{lstm} --initialisation xavier"),
         "tanh, Glorot's initial weights": Job(f"{flags} tanh --initialisation xavier"),
     }

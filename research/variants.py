@@ -3,7 +3,8 @@
 quarter  train on the first quarter of the text, so that a run soon shows how well a model carries over to other text
 locked   draw one dropout mask for all steps of a row (variational dropout, Gal & Ghahramani 2016)
 skip     add the input of each layer but the first to its output (an addition to the paper)
-gain     draw the weights of the candidates (of an LSTM those that see the input) four times as large
+gain     make the initial weights of the candidates four times as large, in either model: with --initialisation uniform
+         what `scaled` does in the modes fo and ifo
 spread   spread the forget biases so that channels remember for 2 to 70 steps at first (Tallec & Ollivier 2018)
 
 The changes come first, joined by commas. The flags after them are those of experiment.py.

@@ -231,6 +231,21 @@ def test_initial_weights_of_glorot_are_for_both_models():
                     assert 0.98 * bound < block.abs().max() <= bound, key
 
 
+@pytest.mark.parametrize("mode", ["f", "fo", "ifo"])
+def test_initial_candidates_are_larger_in_both_models(mode):
+    flags = ["--preset", "small", "--hidden", "6", "--mode", mode, "--initialisation"]
+    uniform, scaled = (parse([*flags, value], PRESETS) for value in ("uniform", "scaled"))
+    for name in ("qrnn", "lstm"):
+        before, model = dict(build_model(uniform, name, 10).rnn.named_parameters()), build_model(scaled, name, 10)
+        first, gain = (0, 2 if mode == "f" else 4) if name == "qrnn" else (2 * model.hidden, 4)
+        for key, parameter in model.rnn.named_parameters():
+            expected = before[key].detach().clone()
+            assert expected.abs().max() <= (1 / min(expected.shape[-1], model.hidden)) ** 0.5
+            if key.endswith("weight") or "weight_ih" in key:
+                expected[first : first + model.hidden] *= gain
+            assert torch.equal(parameter, expected), f"{name} {key}"
+
+
 def test_the_first_layer_can_see_fewer_words():
     config = replace(PRESETS["demo"], layers=3, first_kernel_size=1)
     assert [layer.kernel_size for layer in build_qrnn(config, 8).layers] == [1, 2, 2]

@@ -260,6 +260,24 @@ def test_layer_compiles_without_a_graph_break(mode):
         layer.weight.grad = None
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_signals_do_not_die_out_in_a_deep_stack_at_first(mode):
+    x = torch.randn(8, 100, 64)
+    spreads = []
+    for _ in range(8):
+        x, _ = QRNNLayer(64, 64, mode=mode, activation="tanh")(x)
+        spreads.append(x[:, 20:].std(dim=1).mean().item())  # over time: what a constant adds says nothing
+    assert spreads[-1] > 0.1 and 0.8 < spreads[-1] / spreads[-2] < 1.2
+
+
+@pytest.mark.parametrize(("mode", "gain"), [("f", 2), ("fo", 4), ("ifo", 4)])
+def test_initial_weights_have_their_range(mode, gain):
+    layer = QRNNLayer(50, 60, mode=mode)
+    candidate, gates = layer.weight.detach().abs().split([60, layer.weight.shape[0] - 60])
+    assert 0.98 * gain < candidate.max() * 10 <= gain and 0.98 < gates.max() * 10 <= 1  # 1 / sqrt(2 * 50) = 1 / 10
+    assert 0.9 < layer.bias.detach().abs().max() * 10 <= 1
+
+
 def test_forget_bias_is_added_to_the_forget_gate_only():
     layer = QRNNLayer(4, 6, mode="ifo")
     torch.manual_seed(0)

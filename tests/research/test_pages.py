@@ -238,7 +238,8 @@ def test_every_result_says_where_it_comes_from(path):
 
 
 ON_RECORD = {name: jobs for name, jobs in studies.STUDIES.items() if studies.on_record(name)}
-ON_RECORD["tuning"] = lambda: tune.jobs(["--preset", "small", "--amp", "bf16", "--epochs", "2"], 5)
+TUNED = ["--preset", "small", "--initialisation", "uniform", "--amp", "bf16", "--epochs", "2"]
+ON_RECORD["tuning"] = lambda: tune.jobs(TUNED, 5)
 
 
 @pytest.mark.parametrize("study", ON_RECORD)
