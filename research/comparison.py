@@ -70,6 +70,12 @@ def one_word_first() -> Compared | None:
     return compare(pd.concat(runs), "test_perplexity")
 
 
+def larger_candidates() -> Compared | None:
+    """Return the QRNNs with tanh and the LSTMs whose candidates are larger at first."""
+    runs = finished_runs("initial")
+    return compare(runs[runs["activation"] == "tanh"] if len(runs) else runs, "test_perplexity")
+
+
 def reviews() -> Compared:
     """Return the accuracies on the test reviews."""
     accuracies = {model["model"]: Series([model["test"]["accuracy"]]) for model in load("sentiment.json")["models"]}
@@ -83,6 +89,7 @@ def test_perplexities(study: str) -> Callable[[], Compared | None]:
 COMPARISONS: dict[str, Callable[[], Compared | None]] = {
     "WikiText-2, sentences, perplexity": test_perplexities("seeds"),
     "WikiText-2, sentences, layer 1 with k = 1": one_word_first,
+    "WikiText-2, sentences, larger initial weights": larger_candidates,
     "WikiText-2, sentences, both tuned": test_perplexities("tuned"),
     "WikiText-2, one stream, perplexity": test_perplexities("wikitext2"),
     "Penn Treebank, one stream, perplexity": test_perplexities("ptb"),

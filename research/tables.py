@@ -113,6 +113,12 @@ def first_kernel(runs: DataFrame) -> str:
     return f"{shown}\n\nTest perplexity, k = 1 in the first layer minus k = 2: {gap}."
 
 
+def initial(runs: DataFrame) -> str:
+    """Mean and standard deviation over the seeds, a row for each kind of model."""
+    kinds = runs.index.str.replace(r", seed \d+", "", regex=True)
+    return seeds(runs.assign(kind=kinds), {kind: kind for kind in kinds}, "kind")
+
+
 # --- what is not a study ---------------------------------------------------------------------------------------------
 
 
@@ -177,6 +183,9 @@ STUDIES: dict[str, Callable[[DataFrame], str]] = {
     "ptb_short": partial(study, first="model"),
     "wikitext2": partial(study, first="model", scores=ALL),
     "first_kernel": first_kernel,
+    "initial": initial,
+    "candidates": partial(study, first="candidate", by_value=True),
+    "ptb_quarter": partial(study, first="model", scores=("valid_perplexity", "fit"), by_value=True),
 }
 BLOCKS: dict[str, Callable[[], str]] = {
     **{name: partial(recorded, name, f"python -m research.studies {name}", made) for name, made in STUDIES.items()},
