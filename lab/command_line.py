@@ -122,7 +122,9 @@ def exit_code(command: Callable[[], int]) -> int:
         if isinstance(error, RuntimeError) and "allocate" not in str(error):
             raise
         return _fail("out of memory; a smaller --batch-size or --hidden needs less", 1)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, ImportError) as error:
+        if isinstance(error, ImportError) and not isinstance(error.__cause__, KeyboardInterrupt):
+            raise  # else Ctrl-C came while a compiled module was being imported, which turned it into this
         return _fail("stopped at once; go on with --resume", 130)
     finally:
         signal.signal(signal.SIGINT, before)

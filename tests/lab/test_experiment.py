@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import importlib
 import json
 import math
 import os
@@ -25,7 +26,7 @@ from examples.translation import __main__ as translation
 from experiment import build_model, build_qrnn, main, prepare_data
 from lab import run as comparison
 from lab.checkpoint import load_checkpoint
-from lab.command_line import parse
+from lab.command_line import exit_code, parse
 from lab.corpora import load_corpus
 from lab.dense_lstm import DenseLSTM
 from lab.language_model import LanguageModel
@@ -337,6 +338,16 @@ def test_a_second_interruption_stops_at_once_without_a_traceback():
         time.sleep(0.05)
     _, errors = process.communicate(timeout=120)
     assert process.returncode in (130, -signal.SIGINT) and "Traceback" not in errors, errors
+
+
+def test_an_interruption_inside_a_compiled_import_is_one_too(capsys):
+    def importing() -> int:
+        raise ImportError("initialization failed") from KeyboardInterrupt()
+
+    assert exit_code(importing) == 130
+    assert capsys.readouterr().err == "error: stopped at once; go on with --resume\n"
+    with pytest.raises(ImportError):
+        exit_code(lambda: importlib.import_module("no_such_module"))
 
 
 @pytest.mark.parametrize("script", ((SCRIPT,), ("-m", "examples.sentiment"), ("-m", "examples.translation")))
