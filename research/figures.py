@@ -201,7 +201,7 @@ def draw_scaling(benchmark: Benchmark, path: Path) -> None:
                 axis.plot(mine["T"], mine[value], **style)
                 place = {"xytext": (0, 7), "ha": "left"}  # above the beginning,
                 if lines is WAYS:  # where these lie on each other
-                    place = {"xytext": (0, 7), "ha": "right"} if mine["T"].max() == longest else {"xytext": (9, -4)}
+                    place = {"xytext": (0, 7), "ha": "right"} if mine["T"].max() == longest else {"xytext": (7, -15)}
                 point = mine.iloc[-1 if lines is WAYS else 0]
                 axis.annotate(text, (point["T"], point[value]), textcoords="offset points", **place)
         log_axis(axis, "y", (1, 2, 5))
