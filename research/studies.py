@@ -236,13 +236,15 @@ def candidates() -> Jobs:
 
 def ptb_quarter() -> Jobs:
     """On little text a model shows soon how well it carries over to other text, where the QRNNs of `ptb` fell short."""
-    flags = f"{PTB} --epochs 15 --no-test --models"
+    flags = f"{PTB} --epochs 15 --no-test --initialisation scaled --models"
     qrnn, lstm = f"{flags} qrnn --first-kernel-size 1 --hidden {PTB_WIDTH}", f"{flags} lstm --hidden 309"
     more = DROPOUT.format(0.5)
     plain, changes = "research.variants quarter", "research.variants quarter,"
     return {
         "QRNN": Job(qrnn, plain),
         "LSTM": Job(lstm, plain),
+        "QRNN, uniform initial weights": Job(f"{qrnn} {UNIFORM}", plain),
+        "LSTM, uniform initial weights": Job(f"{lstm} {UNIFORM}", plain),
         "QRNN, shifted softplus": Job(f"{qrnn} --activation shifted_softplus", plain),
         "QRNN, locked dropout": Job(qrnn, f"{changes}locked"),
         "LSTM, locked dropout": Job(lstm, f"{changes}locked"),
