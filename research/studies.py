@@ -1,7 +1,7 @@
 """The runs behind the results: `python -m research.studies ablation --data wikitext-2` makes results/ablation.json.
 
-A study is a list of runs of experiment.py. They go two at a time, each on half of the cores. What is finished in runs/
-is not run again, what was stopped goes on; `make results` brings the file into the pages.
+A study is a list of runs of experiment.py or of an example. They go two at a time, each on half of the cores. What is
+finished in runs/ is not run again, what was stopped goes on; `make results` brings the file into the pages.
 What is on record stays until a run that takes its place has succeeded.
 
 seeds         QRNN and LSTM with the settings of the preset small, three seeds; 1 h on 2 CPU cores
@@ -16,8 +16,10 @@ first_kernel  the QRNN of seeds with a first layer that sees one word, three see
 candidates    candidates of the QRNN, one epoch; 1/2 h
 initial       QRNN and LSTM with larger initial candidates, three seeds; 1 1/2 h
 ptb_quarter   what helps on a quarter of the Penn Treebank as one stream, 15 epochs, one seed; 2 h
+translators   ten trials of each translator: learning rate, initial weights, dropout; 1 h
 
---data is a folder with the files of WikiText-2; for numerics and the studies named ptb, of the Penn Treebank.
+--data is a folder with the files of WikiText-2; for numerics and the studies named ptb, of the Penn Treebank; for
+translators, of Multi30k.
 """
 
 from __future__ import annotations
@@ -37,11 +39,11 @@ from tqdm import tqdm
 
 from lab.checkpoint import write_file
 from lab.command_line import Parser, exit_code, parse
-from lab.corpora import load_corpus
-from lab.presets import PRESETS, Config
+from lab.presets import Config
 from lab.provenance import provenance
-from lab.run import RUNS
+from lab.run import RUNS, RunConfig
 from lab.settings import InputError
+from research.experiments import EXPERIMENTS, LANGUAGE, Experiment
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "research" / "results"
@@ -66,6 +68,15 @@ class Job(NamedTuple):
 
     flags: str
     module: str = "experiment"  # and, after a space, arguments that come before the flags
+
+    @property
+    def experiment(self) -> Experiment:
+        return EXPERIMENTS.get(self.module, LANGUAGE)  # the modules of research/ take its flags
+
+    @property
+    def config(self) -> RunConfig:
+        """Raises InputError: a wrong flag."""
+        return parse(self.flags.split(), self.experiment.presets)
 
 
 Jobs = dict[str, Job]  # by what the tables call them
@@ -264,6 +275,21 @@ def ptb_quarter() -> Jobs:
     }
 
 
+def translators() -> Jobs:
+    """The same ten trials for both translators, on the pairs that are at most fifty characters long."""
+    rates = (2e-3, 4e-3, 8e-3)
+    trials = [(rate, initial, 0.0, 0.1) for initial in ("scaled", "xavier") for rate in rates]
+    trials += [(4e-3, "uniform", 0.0, 0.1), (4e-3, "scaled", 1.0, 0.1), (4e-3, "xavier", 1.0, 0.1)]
+    trials += [(4e-3, "scaled", 0.0, 0.2)]
+    flags = "--preset small --epochs 3 --max-length 50 --no-test"
+    searched = "--lr {} --initialisation {} --forget-bias {} --dropout {}"
+    return {
+        f"{label}, trial {number}": Job(f"{flags} {searched.format(*values)} --models {model}", "examples.translation")
+        for number, values in enumerate(trials)
+        for model, label in NAMES.items()
+    }
+
+
 STUDIES: dict[str, Callable[[], Jobs]] = {
     study.__name__: study
     for study in (
@@ -279,6 +305,7 @@ STUDIES: dict[str, Callable[[], Jobs]] = {
         candidates,
         initial,
         ptb_quarter,
+        translators,
     )
 }
 
@@ -369,24 +396,24 @@ def identify(jobs: Jobs, data: Path) -> dict[str, str]:
         InputError: a wrong flag.
         CorpusError: the corpus of a job is not there.
     """
-    corpora = {label: parse(job.flags.split(), PRESETS).corpus for label, job in jobs.items()}
-    texts = {name: load_corpus(name, data).sha256_of_words for name in set(corpora.values())}
-    return {label: identity(job, texts[corpora[label]]) for label, job in jobs.items()}
+    keys = {label: (job.experiment.text, job.experiment.reads(job.config, data)) for label, job in jobs.items()}
+    texts = {(text, reads): text(*reads) for text, reads in {*keys.values()}}
+    return {label: identity(job, texts[keys[label]]) for label, job in jobs.items()}
 
 
-def identity(job: Job, sha256_of_words: str) -> str:
+def identity(job: Job, sha256_of_text: str) -> str:
     """Return eight digits that stand for the text and the settings, also where the flags leave them to a preset.
 
     Raises:
         InputError: a wrong flag.
     """
-    text = json.dumps([job.module, sha256_of_words, settings(job)], sort_keys=True)
+    text = json.dumps([job.module, sha256_of_text, settings(job)], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def settings(job: Job) -> dict[str, Any]:
     """Return all that decides about the numbers, but the text; raises InputError: a wrong flag."""
-    chosen = parse(job.flags.split(), PRESETS).deciding()
+    chosen = job.config.deciding()
     del chosen["preset"]
     for name, value in (("first_kernel_size", None), ("initialisation", "uniform")):
         if chosen[name] == value:  # as in the runs on record, which had no such flag

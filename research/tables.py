@@ -70,15 +70,29 @@ def longer(runs: DataFrame) -> str:
     return wide(shown.rename(columns=SCORES), "model")
 
 
-def tuning(runs: DataFrame) -> str:
-    """A row for each trial, which is the same for both models, the best of each in bold."""
-    runs = runs[runs["preset"] == "small"]
-    scores = runs.pivot(index=["epochs", "lr", "dropout", "weight_decay"], columns="model", values="valid_perplexity")
+def trials(runs: DataFrame, settings: dict[str, str]) -> str:
+    """A row for each trial, which is the same for both models, the best of each in bold.
+
+    Args:
+        runs: on record.
+        settings: what differs between trials -> how a value of it is written.
+    """
+    scores = runs.pivot(index=[*settings], columns="model", values="valid_perplexity")
     cells = {f"{label}, validation perplexity": best_in_bold(scores[name]) for name, label in NAMES.items()}
     values = scores.index.to_frame(index=False)
-    forms = {"lr": "{:.2g}", "dropout": "{:.2f}", "weight_decay": "{:.2g}", "epochs": "{}"}
-    settings = DataFrame({name.replace("_", " "): values[name].map(form.format) for name, form in forms.items()})
-    return markdown(settings.rename(columns={"lr": "learning rate"}).assign(**cells))
+    shown = DataFrame({name.replace("_", " "): values[name].map(form.format) for name, form in settings.items()})
+    return markdown(shown.rename(columns={"lr": "learning rate"}).assign(**cells))
+
+
+def tuning(runs: DataFrame) -> str:
+    """The trials of the preset small."""
+    settings = {"lr": "{:.2g}", "dropout": "{:.2f}", "weight_decay": "{:.2g}", "epochs": "{}"}
+    return trials(runs[runs["preset"] == "small"], settings)
+
+
+def translators(runs: DataFrame) -> str:
+    """The trials of the translators."""
+    return trials(runs, {"initialisation": "{}", "lr": "{:g}", "forget_bias": "{:g}", "dropout": "{:g}"})
 
 
 def best_in_bold(scores: Series) -> list[str]:
@@ -185,6 +199,7 @@ STUDIES: dict[str, Callable[[DataFrame], str]] = {
     "first_kernel": first_kernel,
     "initial": initial,
     "candidates": partial(study, first="candidate", by_value=True),
+    "translators": translators,
     "ptb_quarter": partial(study, first="model", scores=("valid_perplexity", "fit"), by_value=True),
 }
 BLOCKS: dict[str, Callable[[], str]] = {

@@ -7,7 +7,6 @@ import signal
 if __name__ == "__main__":  # while it imports, Ctrl-C ends it without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-import hashlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -170,12 +169,10 @@ class Sentiment(Task[Classifier]):
         self.valid = self.batches(reviews.valid, EVALUATION_ROWS)
         self.head = self.batches(reviews.valid[:HEAD_REVIEWS], EVALUATION_ROWS)
         self.test = self.batches(reviews.test, EVALUATION_ROWS)
-        everything = (*reviews.train, *reviews.valid, *reviews.test)
-        text = "\n".join(f"{review.label} {' '.join(review.words)}" for review in everything)
         self.fingerprint = {
             "name": config.corpus,
             "source": reviews.source,
-            "sha256_of_reviews": hashlib.sha256(text.encode()).hexdigest(),
+            "sha256_of_reviews": reviews.sha256,
             "vocabulary": len(vocabulary),
             "ready_made_vectors": len(self.vectors),
             "padding": round(self.train.padding, 4),

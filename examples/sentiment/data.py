@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 import re
 from collections.abc import Iterator
@@ -35,6 +36,12 @@ class Reviews(NamedTuple):
     valid: list[Review]
     test: list[Review]
     best: dict[str, float] | None = None
+
+    @property
+    def sha256(self) -> str:
+        """What tells one corpus, and one fold of it, from another."""
+        reviews = (*self.train, *self.valid, *self.test)
+        return hashlib.sha256("\n".join(f"{label} {' '.join(words)}" for words, label in reviews).encode()).hexdigest()
 
 
 def load_reviews(corpus: str, data: Path | None, fold: int, seed: int) -> Reviews:

@@ -7,7 +7,6 @@ import signal
 if __name__ == "__main__":  # while it imports, Ctrl-C ends it without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-import hashlib
 import json
 import sys
 import time
@@ -35,6 +34,7 @@ from examples.translation.data import (
     pad_sources,
     read_parallel,
     reversed_strings,
+    sha256_of_lines,
 )
 from examples.translation.model import Translator, build_model, next_character_loss, recurrent_part
 from lab.checkpoint import write_file
@@ -95,11 +95,10 @@ class Translating(Task[Translator]):
             PairBatches(self.encode(pairs), EVALUATION_ROWS, shuffle=False)
             for pairs in (self.text.valid, self.text.test, self.text.valid[:HEAD_PAIRS])
         )
-        lines = "\n".join(text for split in (kept, self.text.valid, self.text.test) for pair in split for text in pair)
         self.fingerprint = {
             "name": self.text.name,
             "source": self.text.origin,
-            "sha256_of_lines": hashlib.sha256(lines.encode()).hexdigest(),
+            "sha256_of_lines": sha256_of_lines(self.text, config.max_length),
             "vocabulary": len(self.vocabulary),
             "padding": round(self.train.padding, 4),
             "train_pairs": len(kept),

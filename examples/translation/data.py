@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import random
@@ -108,6 +109,12 @@ def reversed_strings(seed: int, letters: str = "abcdefgh", shortest: int = 3, lo
 def drop_long(pairs: list[Pair], longest: int) -> list[Pair]:
     """The pairs of which neither side has more characters: for training only, validation and test keep every pair."""
     return [pair for pair in pairs if max(map(len, pair)) <= longest]
+
+
+def sha256_of_lines(text: ParallelText, longest: int) -> str:
+    """What tells one text from another: all lines, but those of training pairs that `drop_long` leaves out."""
+    splits = (drop_long(text.train, longest), text.valid, text.test)
+    return hashlib.sha256("\n".join(line for split in splits for pair in split for line in pair).encode()).hexdigest()
 
 
 # --- vocabulary ------------------------------------------------------------------------------------------------------

@@ -13,9 +13,8 @@ from pandas import Series
 from scipy.stats import t
 
 from benchmarks import record
+from examples.translation import model as translation
 from experiment import build_model
-from lab.command_line import parse
-from lab.presets import PRESETS
 from research import comparison, figures, pages, studies, tables, tune
 from research.comparison import Compared
 from research.record import finished_runs
@@ -245,10 +244,16 @@ ON_RECORD["tuning"] = lambda: tune.jobs(TUNED, 5)
 @pytest.mark.parametrize("study", ON_RECORD)
 def test_runs_on_record_have_the_settings_of_today_and_the_same_text(study):
     runs, jobs = studies.on_record(study), ON_RECORD[study]()
+    texts = {label: sha256_of_text(run) for label, run in runs.items()}
     for label, run in runs.items():
-        assert run["identity"] == studies.identity(jobs[label], run["corpus"]["sha256_of_words"]), "run it again"
+        assert run["identity"] == studies.identity(jobs[label], texts[label]), "run it again"
         assert different(run, jobs[label]) <= UNIMPORTANT[run["models"][0]["model"]]
-    assert len({run["corpus"]["sha256_of_words"] for run in runs.values()}) == 1
+    assert len({*texts.values()}) == 1
+
+
+def sha256_of_text(run: dict) -> str:
+    (found,) = (value for name, value in run["corpus"].items() if name.startswith("sha256_of_"))
+    return found
 
 
 def different(run: dict, job: studies.Job) -> set[str]:
@@ -263,12 +268,16 @@ def different(run: dict, job: studies.Job) -> set[str]:
 UNIMPORTANT = {"qrnn": {"test"}, "lstm": {"test", "hidden", "mode"}}
 
 
+BUILDERS = {"examples.translation": translation.build_model}
+
+
 @pytest.mark.parametrize("study", ON_RECORD)
 def test_models_on_record_have_the_width_of_today(study):
     jobs = ON_RECORD[study]()
     for label, run in studies.on_record(study).items():
         (model,) = run["models"]
-        assert model["hidden"] == build_model(parse(jobs[label].flags.split(), PRESETS), model["model"], 10).hidden
+        build = BUILDERS.get(jobs[label].module, build_model)
+        assert model["hidden"] == build(jobs[label].config, model["model"], 10).hidden
 
 
 def test_example_code_runs():

@@ -13,8 +13,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from examples.translation.__main__ import Translating
 from experiment import build_model
-from lab.command_line import parse
 from lab.corpora import load_corpus
 from lab.language_model import LanguageModel
 from lab.presets import PRESETS
@@ -59,24 +59,24 @@ def test_flags_are_understood_and_no_run_is_done_twice(study, tmp_path, monkeypa
     assert len({identity(run, "of a text") for run in runs.values()}) == len(runs)
     for run in runs.values():
         assert importlib.util.find_spec(run.module.split()[0])
-        assert len(parse(run.flags.split(), PRESETS).models) == 1
+        assert len(run.config.models) == 1
 
 
 def test_the_lstm_on_the_penn_treebank_has_256_units():
-    config = parse(STUDIES["ptb"]()["LSTM"].flags.split(), PRESETS)
+    config = STUDIES["ptb"]()["LSTM"].config
     assert build_model(config, "lstm", vocabulary=10).hidden == 256
 
 
 @pytest.mark.parametrize("study", ["ablation", "longer", "ptb", "ptb_short", "wikitext2", "candidates", "ptb_quarter"])
 def test_compared_models_have_as_many_recurrent_parameters(study):
-    configs = [parse(run.flags.split(), PRESETS) for run in STUDIES[study]().values()]
+    configs = [run.config for run in STUDIES[study]().values()]
     counts = [count_parameters(build_model(config, *config.models, vocabulary=10).rnn) for config in configs]
     assert max(counts) < 1.01 * counts[0] and min(counts) > 0.99 * counts[0]
 
 
 def test_one_word_in_the_first_layer_costs_no_parameters():
     one, two = (
-        count_parameters(build_model(parse(STUDIES[study]()["QRNN, seed 0"].flags.split(), PRESETS), "qrnn", 10).rnn)
+        count_parameters(build_model(STUDIES[study]()["QRNN, seed 0"].config, "qrnn", 10).rnn)
         for study in ("first_kernel", "seeds")
     )
     assert 0.99 * two < one < 1.01 * two
@@ -85,7 +85,7 @@ def test_one_word_in_the_first_layer_costs_no_parameters():
 def test_compared_models_get_the_trial_that_was_best_on_validation(tmp_path, monkeypatch):
     monkeypatch.setattr(studies, "RESULTS", tmp_path)
     write_tuning(tmp_path)
-    configs = {label: parse(run.flags.split(), PRESETS) for label, run in STUDIES["tuned"]().items()}
+    configs = {label: run.config for label, run in STUDIES["tuned"]().items()}
     assert {config.lr for label, config in configs.items() if label.startswith("QRNN")} == {0.003}
     assert {config.lr for label, config in configs.items() if label.startswith("LSTM")} == {0.002}
     assert all(config.dropout_output == 0.3 and config.weight_decay == 0.02 for config in configs.values())
@@ -188,6 +188,17 @@ def test_a_run_is_told_by_its_settings_and_its_text_not_by_its_flags():
     assert identity(other, "text") == identity(Job(f"{TINY} --models qrnn"), "text")
     assert identity(Job(f"{TINY} --models qrnn --dense"), "text") != identity(other, "text")
     assert identity(other, "another text") != identity(other, "text")
+
+
+def test_the_text_of_a_job_is_that_of_its_run(tmp_path):
+    for split in ("train", "val", "test"):
+        for language, line in (("de", "Guten Tag"), ("en", "Good day")):
+            (tmp_path / f"{split}.{language}").write_text(f"{line}\n{line}, {line}\n")
+    for longest, dropped in ((10, 1), (50, 0)):
+        job = Job(f"--preset small --max-length {longest} --models qrnn", "examples.translation")
+        text = Translating(replace(job.config, data=tmp_path)).fingerprint
+        assert text["dropped_pairs"] == dropped
+        assert studies.identify({"a job": job}, tmp_path) == {"a job": identity(job, text["sha256_of_lines"])}
 
 
 @pytest.mark.parametrize("script", [main, tune.main])
