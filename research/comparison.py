@@ -2,37 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd
 from pandas import DataFrame, Series
+from sacrebleu.metrics import BLEU
 from scipy.stats import ttest_ind
 
 from benchmarks.record import markdown
 from research.record import finished_runs, load
 from research.studies import NAMES
 
+DRAWS = 1000  # of the test sentences
+
 
 class Compared(NamedTuple):
-    """What two models came to, a value for each seed."""
+    """What two models came to.
 
-    qrnn: Series
-    lstm: Series
+    Attributes:
+        qrnn, lstm: their scores.
+        interval: of the difference, 95 %; None if there is one seed.
+        over: what it is taken over: what else might have been drawn.
+        higher_is_better: of the score.
+    """
+
+    qrnn: float
+    lstm: float
+    interval: tuple[float, float] | None
+    over: str
     higher_is_better: bool = False
 
     @property
     def gap(self) -> float:
-        return self.qrnn.mean() - self.lstm.mean()
-
-    @property
-    def interval(self) -> tuple[float, float] | None:
-        """The 95 % interval of the gap by Welch's t-test over seeds; None with one seed."""
-        if min(len(self.qrnn), len(self.lstm)) < 2:
-            return None
-        low, high = ttest_ind(self.qrnn, self.lstm, equal_var=False).confidence_interval()
-        return low, high
+        return self.qrnn - self.lstm
 
     def difference(self) -> str:
         if self.interval is None:
@@ -51,10 +56,37 @@ class Compared(NamedTuple):
         return self.winner or undecided
 
 
+def over_seeds(qrnn: Series, lstm: Series) -> Compared:
+    """Compare the means, by Welch's t-test; a value for each seed."""
+    interval = None
+    if min(len(qrnn), len(lstm)) > 1:
+        low, high = ttest_ind(qrnn, lstm, equal_var=False).confidence_interval()
+        interval = low, high
+    return Compared(qrnn.mean(), lstm.mean(), interval, f"{len(qrnn)} seeds")
+
+
+def over_sentences(qrnn: dict[str, Any], lstm: dict[str, Any]) -> Compared:
+    """Compare BLEU by the paired bootstrap (Koehn 2004): both models on the same draws of the test sentences."""
+    rng = np.random.default_rng(0)
+    counts = [np.array([line.split() for line in model["bleu_counts"]], dtype=int) for model in (qrnn, lstm)]  # (S, 10)
+    sentences = len(counts[0])
+    draws = rng.multinomial(sentences, np.full(sentences, 1 / sentences), size=DRAWS)  # how often each is drawn
+    ours, theirs = ([bleu(line) for line in draws @ mine] for mine in counts)
+    low, high = np.quantile(np.subtract(ours, theirs), (0.025, 0.975))
+    scores = [bleu(mine.sum(axis=0)) for mine in counts]
+    return Compared(*scores, (low, high), f"{sentences:,} sentences, one seed", higher_is_better=True)
+
+
+def bleu(counts: Sequence[int]) -> float:
+    """BLEU of sums of `bleu_counts`, as sacrebleu has it by default."""
+    *ngrams, length, reference = map(int, counts)
+    return BLEU.compute_bleu(ngrams[:4], ngrams[4:], length, reference, smooth_method="exp").score
+
+
 def compare(runs: DataFrame, score: str) -> Compared | None:
     """Return a score of the QRNNs and the LSTMs; None unless there are as many runs of one as of the other."""
     qrnn, lstm = (runs.loc[runs["model"] == name, score] for name in NAMES) if len(runs) else ((), ())
-    return Compared(qrnn, lstm) if len(qrnn) == len(lstm) > 0 else None
+    return over_seeds(qrnn, lstm) if len(qrnn) == len(lstm) > 0 else None
 
 
 def best_dense() -> Compared | None:
@@ -78,8 +110,8 @@ def larger_candidates() -> Compared | None:
 
 def reviews() -> Compared:
     """Return the accuracies on the test reviews."""
-    accuracies = {model["model"]: Series([model["test"]["accuracy"]]) for model in load("sentiment.json")["models"]}
-    return Compared(**accuracies, higher_is_better=True)
+    accuracies = {model["model"]: model["test"]["accuracy"] for model in load("sentiment.json")["models"]}
+    return Compared(**accuracies, interval=None, over="one seed", higher_is_better=True)
 
 
 def test_perplexities(study: str) -> Callable[[], Compared | None]:
@@ -107,10 +139,9 @@ def compared(comparisons: dict[str, Callable[[], Compared | None]], verdict: boo
     rows = []
     for label, make in comparisons.items():
         if pair := make():
-            scores = [pair.qrnn.mean(), pair.lstm.mean()]
-            row = {"comparison": label} | dict(zip(NAMES.values(), map("{:.2f}".format, scores), strict=True))
-            row |= {"QRNN - LSTM (95 % interval)": pair.difference()} | ({"ahead": pair.ahead()} if verdict else {})
-            rows.append(row)
+            row = {"comparison": label} | dict(zip(NAMES.values(), map("{:.2f}".format, pair[:2]), strict=True))
+            row |= {"QRNN - LSTM (95 % interval)": pair.difference()}
+            rows.append(row | ({"interval over": pair.over, "ahead": pair.ahead()} if verdict else {}))
     return markdown(DataFrame(rows))
 
 

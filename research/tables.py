@@ -11,7 +11,7 @@ from pandas import DataFrame, Series
 
 from benchmarks.record import RESULTS, markdown, source, wide
 from research import studies
-from research.comparison import Compared
+from research.comparison import over_seeds
 from research.record import finished_runs, load
 from research.studies import NAMES
 
@@ -123,7 +123,7 @@ def first_kernel(runs: DataFrame) -> str:
     names = {"one": "QRNN, first layer k = 1", "two": "QRNN, k = 2 in both"}
     both = pd.concat([runs.assign(first="one"), two.assign(first="two")])
     shown = seeds(both, names, "first")
-    gap = Compared(runs["test_perplexity"], two["test_perplexity"]).difference()
+    gap = over_seeds(runs["test_perplexity"], two["test_perplexity"]).difference()
     return f"{shown}\n\nTest perplexity, k = 1 in the first layer minus k = 2: {gap}."
 
 

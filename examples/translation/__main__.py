@@ -196,13 +196,20 @@ def translate(config: Config, model: Translator, sources: list[Tensor], progress
 
 
 def scores(translations: list[str], references: list[str]) -> dict[str, Any]:
-    """BLEU and chrF of a whole split, with what sacrebleu needs to give the same again, and the part that is exact."""
+    """BLEU and chrF of a whole split, with what sacrebleu needs to give the same again, and the part that is exact.
+
+    `bleu_counts` has a line for each sentence: its n-grams that are in the reference, all its n-grams (n from 1 to 4
+    each) and both lengths. BLEU is made of their sums, also that of a choice of sentences.
+    """
     found: dict[str, Any] = {}
     for name, metric in (("bleu", BLEU()), ("chrf", CHRF())):
         found[name] = metric.corpus_score(translations, [references]).score
         found[f"{name}_signature"] = metric.get_signature().format()
-    equal = sum(one == other for one, other in zip(translations, references, strict=True))
-    return found | {"exact_match": equal / len(references)}
+    pairs = list(zip(translations, references, strict=True))
+    single = [BLEU().corpus_score([one], [[other]]) for one, other in pairs]
+    counts = [(*one.counts, *one.totals, one.sys_len, one.ref_len) for one in single]
+    equal = sum(one == other for one, other in pairs)
+    return found | {"bleu_counts": [" ".join(map(str, line)) for line in counts], "exact_match": equal / len(pairs)}
 
 
 # --- the report ------------------------------------------------------------------------------------------------------

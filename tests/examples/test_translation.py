@@ -317,6 +317,9 @@ def test_scores_are_sacrebleus_with_their_signatures():
     assert found["bleu_signature"].startswith("nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:")
     assert found["chrf_signature"].startswith("nrefs:1|case:mixed|eff:yes|nc:6|nw:0|space:no|version:")
     assert found["exact_match"] == pytest.approx(1 / 3)
+    sums = [sum(column) for column in zip(*(map(int, line.split()) for line in found["bleu_counts"]), strict=True)]
+    whole = BLEU().corpus_score(translations, [references])
+    assert sums == [*whole.counts, *whole.totals, whole.sys_len, whole.ref_len]
 
 
 # --- the whole of it -------------------------------------------------------------------------------------------------

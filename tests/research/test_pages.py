@@ -14,9 +14,10 @@ from scipy.stats import t
 
 from benchmarks import record
 from examples.translation import model as translation
+from examples.translation.__main__ import scores
 from experiment import build_model
 from research import comparison, figures, pages, studies, tables, tune
-from research.comparison import Compared
+from research.comparison import over_seeds, over_sentences
 from research.record import finished_runs
 
 ROOT = Path(__file__).parents[2]
@@ -164,8 +165,8 @@ def test_the_first_layer_is_compared_with_the_seeds(write):
 
 
 def test_the_interval_is_that_of_welch():
-    pair = Compared(Series([79.0, 79.3, 79.1]), Series([80.0, 79.6, 80.6]))
-    one, other = (values.var() / 3 for values in pair[:2])
+    seeds = Series([79.0, 79.3, 79.1]), Series([80.0, 79.6, 80.6])
+    pair, (one, other) = over_seeds(*seeds), (values.var() / 3 for values in seeds)
     freedom = (one + other) ** 2 / (one**2 / 2 + other**2 / 2)
     half = t.ppf(0.975, freedom) * (one + other) ** 0.5
     assert pair.interval == pytest.approx((pair.gap - half, pair.gap + half))
@@ -173,10 +174,24 @@ def test_the_interval_is_that_of_welch():
 
 def test_ahead_is_who_the_interval_says():
     low, high, wide = Series([10.0, 10.1, 10.2]), Series([20.0, 20.1, 20.2]), Series([5.0, 10.0, 15.0])
-    assert Compared(low, high).winner == Compared(high, low, higher_is_better=True).winner == "QRNN"
-    assert Compared(high, low).winner == "LSTM" and Compared(low, wide).winner is None
-    alone = Compared(low[:1], high[:1])
+    assert over_seeds(low, high).winner == over_seeds(high, low)._replace(higher_is_better=True).winner == "QRNN"
+    assert over_seeds(high, low).winner == "LSTM" and over_seeds(low, wide).winner is None
+    alone = over_seeds(low[:1], high[:1])
     assert alone.winner is alone.interval is None and alone.difference() == "-10.00, one seed, no interval"
+
+
+def test_translations_are_compared_on_the_same_draws_of_sentences():
+    references = [f"the {noun} of number {n} is {n % 7} feet long" for n, noun in enumerate(["boat", "car"] * 100)]
+    good = [line.replace("boat", "ship") if n % 8 == 0 else line for n, line in enumerate(references)]
+    bad = [line.replace("is", "was") if n % 3 == 0 else line for n, line in enumerate(good)]
+    models = [scores(lines, references) for lines in (good, bad)]
+    pair = over_sentences(*models)
+    assert pair[:2] == pytest.approx([model["bleu"] for model in models]) and pair.winner == "QRNN"
+    low, high = pair.interval
+    assert low < pair.gap < high < 2 * pair.gap
+    assert over_sentences(models[1], models[0]).winner == "LSTM"
+    alike = over_sentences(models[0], models[0])
+    assert alike.interval == (0, 0) and alike.winner is None  # not so if each had draws of its own
 
 
 def test_comparisons_have_as_many_runs_of_one_as_of_the_other(write, monkeypatch):
