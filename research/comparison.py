@@ -41,7 +41,7 @@ class Compared(NamedTuple):
 
     def difference(self) -> str:
         if self.interval is None:
-            return f"{self.gap:+.2f}, one seed, no interval"
+            return f"{self.gap:+.2f}, no interval"
         return "{:+.2f} ({:+.2f} to {:+.2f})".format(self.gap, *self.interval)
 
     @property
@@ -58,11 +58,11 @@ class Compared(NamedTuple):
 
 def over_seeds(qrnn: Series, lstm: Series) -> Compared:
     """Compare the means, by Welch's t-test; a value for each seed."""
-    interval = None
-    if min(len(qrnn), len(lstm)) > 1:
-        low, high = ttest_ind(qrnn, lstm, equal_var=False).confidence_interval()
-        interval = low, high
-    return Compared(qrnn.mean(), lstm.mean(), interval, f"{len(qrnn)} seeds")
+    means = qrnn.mean(), lstm.mean()
+    if min(len(qrnn), len(lstm)) == 1:
+        return Compared(*means, None, "one seed")
+    low, high = ttest_ind(qrnn, lstm, equal_var=False).confidence_interval()
+    return Compared(*means, (low, high), f"{len(qrnn)} seeds")
 
 
 def over_sentences(qrnn: dict[str, Any], lstm: dict[str, Any]) -> Compared:
@@ -74,7 +74,8 @@ def over_sentences(qrnn: dict[str, Any], lstm: dict[str, Any]) -> Compared:
     ours, theirs = ([bleu(line) for line in draws @ mine] for mine in counts)
     low, high = np.quantile(np.subtract(ours, theirs), (0.025, 0.975))
     scores = [bleu(mine.sum(axis=0)) for mine in counts]
-    return Compared(*scores, (low, high), f"{sentences:,} sentences, one seed", higher_is_better=True)
+    over = f"{sentences:,} sentences, one seed"
+    return Compared(scores[0], scores[1], (low, high), over, higher_is_better=True)
 
 
 def bleu(counts: Sequence[int]) -> float:

@@ -177,7 +177,7 @@ def test_ahead_is_who_the_interval_says():
     assert over_seeds(low, high).winner == over_seeds(high, low)._replace(higher_is_better=True).winner == "QRNN"
     assert over_seeds(high, low).winner == "LSTM" and over_seeds(low, wide).winner is None
     alone = over_seeds(low[:1], high[:1])
-    assert alone.winner is alone.interval is None and alone.difference() == "-10.00, one seed, no interval"
+    assert alone.winner is alone.interval is None and alone.difference() == "-10.00, no interval"
 
 
 def test_translations_are_compared_on_the_same_draws_of_sentences():
