@@ -45,7 +45,7 @@ def make_patient() -> None:
                 io.BufferedWriter(raw),
                 encoding=stream.encoding,
                 errors="backslashreplace",
-                line_buffering=stream.line_buffering,
+                line_buffering=True,  # also in a file, so that progress can be followed there
             )
             setattr(sys, name, patient)
 

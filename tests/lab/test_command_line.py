@@ -318,6 +318,12 @@ def test_output_that_nobody_takes_ends_no_run(tmp_path, line, code, printed):
     assert b"Traceback" not in done.stdout + done.stderr and b"Exception" not in done.stdout + done.stderr
 
 
+def test_progress_can_be_followed_in_a_file():
+    code = "import os; from lab.terminal import make_patient; make_patient(); print('epoch 1'); os._exit(0)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "epoch 1\n"  # not kept back for the end, which this process does not reach
+
+
 @every_experiment
 def test_help_fits_80_columns(capsys, monkeypatch, experiment):
     monkeypatch.setenv("COLUMNS", "80")
