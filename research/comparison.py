@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from pandas import DataFrame, Series
 from sacrebleu.metrics import BLEU
-from scipy.stats import ttest_ind
+from scipy.stats import ttest_ind, ttest_rel
 
 from benchmarks.record import markdown
 from research.record import finished_runs, load
@@ -65,6 +65,12 @@ def over_seeds(qrnn: Series, lstm: Series) -> Compared:
     return Compared(*means, (low, high), f"{len(qrnn)} seeds")
 
 
+def over_folds(qrnn: Series, lstm: Series) -> Compared:
+    """Compare mean accuracies by the paired t-test; a value for each fold, in the same order."""
+    low, high = ttest_rel(qrnn.to_numpy(), lstm.to_numpy()).confidence_interval()
+    return Compared(qrnn.mean(), lstm.mean(), (low, high), f"{len(qrnn)} folds", higher_is_better=True)
+
+
 def over_sentences(qrnn: dict[str, Any], lstm: dict[str, Any]) -> Compared:
     """Compare BLEU by the paired bootstrap (Koehn 2004): both models on the same draws of the test sentences."""
     rng = np.random.default_rng(0)
@@ -115,6 +121,16 @@ def reviews() -> Compared:
     return Compared(**accuracies, interval=None, over="one seed", higher_is_better=True)
 
 
+def reviews_in_folds() -> Compared | None:
+    """Return the accuracies on the test reviews of the folds that both models have read."""
+    runs = finished_runs("folds")
+    if not len(runs):
+        return None
+    accuracies = runs.assign(accuracy=[test["accuracy"] for test in runs["test"]])
+    both = accuracies.pivot(index="fold", columns="model", values="accuracy").dropna()
+    return over_folds(both["qrnn"], both["lstm"]) if len(both) > 1 else None
+
+
 def test_perplexities(study: str) -> Callable[[], Compared | None]:
     return lambda: compare(finished_runs(study), "test_perplexity")
 
@@ -127,6 +143,7 @@ COMPARISONS: dict[str, Callable[[], Compared | None]] = {
     "WikiText-2, one stream, perplexity": test_perplexities("wikitext2"),
     "Penn Treebank, one stream, perplexity": test_perplexities("ptb"),
     "film reviews, accuracy in %": reviews,
+    "film reviews, all folds, accuracy in %": reviews_in_folds,
 }
 
 

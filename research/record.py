@@ -19,7 +19,7 @@ def finished_runs(name: str) -> DataFrame:
     """Return the runs in results/NAME.json that did not fail: a row for each, its label as index.
 
     The columns are the settings of the run and its results; `curve` is what each epoch came to, `fit` the
-    perplexity of the training text in the last one.
+    perplexity of the training text in the last one, where there is one.
     """
     rows = {}
     for label, run in studies.on_record(name).items():
@@ -27,5 +27,6 @@ def finished_runs(name: str) -> DataFrame:
             (model,) = run["models"]
             sizes = f"{model['recurrent_parameters']:,} / {model['parameters']:,}"
             curve = model.pop("epochs")  # `epochs` is the setting
-            rows[label] = run["config"] | model | {"sizes": sizes, "curve": curve, "fit": curve[-1]["train_perplexity"]}
+            fit = curve[-1].get("train_perplexity")
+            rows[label] = run["config"] | model | {"sizes": sizes, "curve": curve, "fit": fit}
     return DataFrame.from_dict(rows, orient="index")

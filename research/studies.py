@@ -16,10 +16,11 @@ first_kernel  the QRNN of seeds with a first layer that sees one word, three see
 candidates    candidates of the QRNN, one epoch; 1/2 h
 initial       QRNN and LSTM with larger initial candidates, three seeds; 1 1/2 h
 ptb_quarter   what helps on a quarter of the Penn Treebank as one stream, 8 epochs, one seed; 1 1/2 h
-translators   ten trials of each translator: learning rate, initial weights, dropout; 1 h
+translators   ten trials of each translator: learning rate, initial weights, dropout; 1/2 h
+folds         both readers of film reviews, each tenth once for test; 1 3/4 h
 
 --data is a folder with the files of WikiText-2; for numerics and the studies named ptb, of the Penn Treebank; for
-translators, of Multi30k.
+translators, of Multi30k; for folds, of rt-polarity.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
+from examples.sentiment.data import FOLDS
 from lab.checkpoint import write_file
 from lab.command_line import Parser, exit_code, parse
 from lab.presets import Config
@@ -290,6 +292,15 @@ def translators() -> Jobs:
     }
 
 
+def folds() -> Jobs:
+    """Both readers of film reviews, each tenth of the reviews once for test."""
+    return {
+        f"{label}, fold {fold}": Job(f"--preset mr --fold {fold} --models {model}", "examples.sentiment")
+        for fold in range(FOLDS)
+        for model, label in NAMES.items()
+    }
+
+
 STUDIES: dict[str, Callable[[], Jobs]] = {
     study.__name__: study
     for study in (
@@ -306,6 +317,7 @@ STUDIES: dict[str, Callable[[], Jobs]] = {
         initial,
         ptb_quarter,
         translators,
+        folds,
     )
 }
 
@@ -416,8 +428,8 @@ def settings(job: Job) -> dict[str, Any]:
     chosen = job.config.deciding()
     del chosen["preset"]
     for name, value in (("first_kernel_size", None), ("initialisation", "uniform")):
-        if chosen[name] == value:  # as in the runs on record, which had no such flag
-            del chosen[name]
+        if chosen.get(name) == value:  # as in the runs on record, which had no such flag
+            chosen.pop(name, None)
     return chosen
 
 

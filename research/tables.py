@@ -133,6 +133,13 @@ def initial(runs: DataFrame) -> str:
     return seeds(runs.assign(kind=kinds), {kind: kind for kind in kinds}, "kind")
 
 
+def folds(runs: DataFrame) -> str:
+    """A row for each fold, a column for each model."""
+    shown = runs.assign(accuracy=[f"{test['accuracy']:.2f}" for test in runs["test"]])
+    table = shown.pivot(index="fold", columns="model", values="accuracy").fillna("")[[*NAMES]]
+    return wide(table.rename(columns=lambda name: f"{NAMES[name]}, test accuracy, %"), "fold")
+
+
 # --- what is not a study ---------------------------------------------------------------------------------------------
 
 
@@ -200,6 +207,7 @@ STUDIES: dict[str, Callable[[DataFrame], str]] = {
     "initial": initial,
     "candidates": partial(study, first="candidate", by_value=True),
     "translators": translators,
+    "folds": folds,
     "ptb_quarter": partial(study, first="model", scores=("valid_perplexity", "fit"), by_value=True),
 }
 BLOCKS: dict[str, Callable[[], str]] = {

@@ -13,6 +13,7 @@ from pandas import Series
 from scipy.stats import t
 
 from benchmarks import record
+from examples.sentiment import model as sentiment
 from examples.translation import model as translation
 from examples.translation.__main__ import scores
 from experiment import build_model
@@ -180,6 +181,25 @@ def test_ahead_is_who_the_interval_says():
     assert alone.winner is alone.interval is None and alone.difference() == "-10.00, no interval"
 
 
+def test_folds_are_compared_in_pairs(write):
+    """Folds differ far more than models do."""
+    qrnn, lstm = [70.0, 75.0, 80.0, 60.0], [69.0, 74.1, 78.9, 59.0]
+    runs = {f"q{n}": run("qrnn", 1.0, None, fold=n, accuracy=value) for n, value in enumerate(qrnn)}
+    runs |= {f"l{n}": run("lstm", 1.0, None, fold=n, accuracy=value) for n, value in reversed([*enumerate(lstm)])}
+    for made in runs.values():
+        made["models"][0]["test"] = {"accuracy": made["config"].pop("accuracy")}
+    write("folds", **runs)
+    pair = comparison.reviews_in_folds()
+    assert pair.gap == pytest.approx(1.0) and pair.winner == "QRNN" and pair.over == "4 folds"
+    gaps = Series(qrnn) - Series(lstm)
+    assert pair.interval[1] - pair.gap == pytest.approx(t.ppf(0.975, 3) * gaps.std() / 2)
+    assert cells(tables.folds(finished_runs("folds")))[3] == ["3", "60.00", "59.00"]
+    runs.pop("l3")
+    write("folds", **runs)
+    assert comparison.reviews_in_folds().over == "3 folds"
+    assert cells(tables.folds(finished_runs("folds")))[3] == ["3", "60.00", ""]
+
+
 def test_translations_are_compared_on_the_same_draws_of_sentences():
     references = [f"the {noun} of number {n} is {n % 7} feet long" for n, noun in enumerate(["boat", "car"] * 100)]
     good = [line.replace("boat", "ship") if n % 8 == 0 else line for n, line in enumerate(references)]
@@ -263,7 +283,7 @@ def test_runs_on_record_have_the_settings_of_today_and_the_same_text(study):
     for label, run in runs.items():
         assert run["identity"] == studies.identity(jobs[label], texts[label]), "run it again"
         assert different(run, jobs[label]) <= UNIMPORTANT[run["models"][0]["model"]]
-    assert len({*texts.values()}) == 1
+    assert len({*texts.values()}) == len({run["config"].get("fold") for run in runs.values()})
 
 
 def sha256_of_text(run: dict) -> str:
@@ -283,7 +303,7 @@ def different(run: dict, job: studies.Job) -> set[str]:
 UNIMPORTANT = {"qrnn": {"test"}, "lstm": {"test", "hidden", "mode"}}
 
 
-BUILDERS = {"examples.translation": translation.build_model}
+BUILDERS = {"examples.translation": translation.build_model, "examples.sentiment": sentiment.build_model}
 
 
 @pytest.mark.parametrize("study", ON_RECORD)
