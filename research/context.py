@@ -35,7 +35,8 @@ from lab.run import RUNS, load_best
 from lab.run_folder import ModelFolder
 from lab.settings import InputError
 from lab.training import evaluate, perplexity
-from research.studies import RESULTS, ROOT, STUDIES, corpus_folder, finished, identify
+from research.jobs import RESULTS, ROOT, corpus_folder, finished, identify
+from research.studies import STUDIES
 
 COMPARED = ("ptb_short", "ptb")
 KNOWN = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # words before the one that is predicted, at most

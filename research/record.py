@@ -8,7 +8,7 @@ from typing import Any
 from pandas import DataFrame
 
 from benchmarks.record import RESULTS
-from research import studies
+from research import jobs
 
 
 def load(name: str) -> dict[str, Any]:
@@ -22,7 +22,7 @@ def finished_runs(name: str) -> DataFrame:
     perplexity of the training text in the last one, where there is one.
     """
     rows = {}
-    for label, run in studies.on_record(name).items():
+    for label, run in jobs.on_record(name).items():
         if "error" not in run:
             (model,) = run["models"]
             sizes = f"{model['recurrent_parameters']:,} / {model['parameters']:,}"

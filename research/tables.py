@@ -10,7 +10,7 @@ import pandas as pd
 from pandas import DataFrame, Series
 
 from benchmarks.record import RESULTS, markdown, source, wide
-from research import studies
+from research import jobs, studies
 from research.comparison import over_seeds
 from research.record import finished_runs, load
 from research.studies import NAMES
@@ -25,10 +25,10 @@ SCORES = {"valid_perplexity": "validation perplexity", "test_perplexity": "test 
 
 def recorded(name: str, command: str, made: Callable[[DataFrame], str]) -> str:
     """What `made` makes of the runs in results/NAME.json, what is missing, and where they come from."""
-    on_record, runs = studies.on_record(name), finished_runs(name)
-    jobs = studies.STUDIES[name]() if name in studies.STUDIES else {}
+    on_record, runs = jobs.on_record(name), finished_runs(name)
+    wanted = studies.STUDIES[name]() if name in studies.STUDIES else {}
     lines = [f"{label} failed: {run['error']}." for label, run in on_record.items() if "error" in run]
-    missing = [label for label in jobs if label not in on_record]
+    missing = [label for label in wanted if label not in on_record]
     if not on_record or missing:
         what = f": {'; '.join(missing)}. It is done by " if on_record else ": "
         lines.append(f"Not run yet{what}`{command} --data DIR`.")

@@ -20,7 +20,7 @@ import optuna
 from lab.command_line import Parser, exit_code, parse
 from lab.presets import PRESETS, Config
 from lab.settings import check_range
-from research.studies import Job, Jobs, carry_out
+from research.jobs import Job, Jobs, carry_out
 
 SPACE = {
     "lr": optuna.distributions.FloatDistribution(1e-3, 1.6e-2, log=True),

@@ -17,7 +17,7 @@ from examples.sentiment import model as sentiment
 from examples.translation import model as translation
 from examples.translation.__main__ import scores
 from experiment import build_model
-from research import comparison, figures, pages, studies, tables, tune
+from research import comparison, figures, jobs, pages, studies, tables, tune
 from research.comparison import over_seeds, over_sentences
 from research.record import finished_runs
 
@@ -110,7 +110,7 @@ def run(name: str, valid: float, test: float | None, **config: object) -> dict:
 @pytest.fixture
 def write(tmp_path, monkeypatch):
     """Writes results/NAME.json, and makes its folder that of the results."""
-    for module in (studies, tables):
+    for module in (jobs, tables):
         monkeypatch.setattr(module, "RESULTS", tmp_path)
     monkeypatch.setattr("research.record.RESULTS", tmp_path)
 
@@ -271,18 +271,18 @@ def test_every_result_says_where_it_comes_from(path):
         assert origin["dirty"] is False, "made by code that was not committed"
 
 
-ON_RECORD = {name: jobs for name, jobs in studies.STUDIES.items() if studies.on_record(name)}
+ON_RECORD = {name: study for name, study in studies.STUDIES.items() if jobs.on_record(name)}
 TUNED = ["--preset", "small", "--initialisation", "uniform", "--amp", "bf16", "--epochs", "2"]
 ON_RECORD["tuning"] = lambda: tune.jobs(TUNED, 5)
 
 
 @pytest.mark.parametrize("study", ON_RECORD)
 def test_runs_on_record_have_the_settings_of_today_and_the_same_text(study):
-    runs, jobs = studies.on_record(study), ON_RECORD[study]()
+    runs, wanted = jobs.on_record(study), ON_RECORD[study]()
     texts = {label: sha256_of_text(run) for label, run in runs.items()}
     for label, run in runs.items():
-        assert run["identity"] == studies.identity(jobs[label], texts[label]), "run it again"
-        assert different(run, jobs[label]) <= UNIMPORTANT[run["models"][0]["model"]]
+        assert run["identity"] == jobs.identity(wanted[label], texts[label]), "run it again"
+        assert different(run, wanted[label]) <= UNIMPORTANT[run["models"][0]["model"]]
     assert len({*texts.values()}) == len({run["config"].get("fold") for run in runs.values()})
 
 
@@ -291,9 +291,9 @@ def sha256_of_text(run: dict) -> str:
     return found
 
 
-def different(run: dict, job: studies.Job) -> set[str]:
+def different(run: dict, job: jobs.Job) -> set[str]:
     """The settings in which the run differs from the job; those that are younger than the run do not count."""
-    chosen = json.loads(json.dumps(studies.settings(job)))
+    chosen = json.loads(json.dumps(jobs.settings(job)))
     if job.module == "research.closed_form":
         del chosen["method"]  # which counts for nothing there
     return {name for name, value in chosen.items() if run["config"].get(name, value) != value}
@@ -308,11 +308,11 @@ BUILDERS = {"examples.translation": translation.build_model, "examples.sentiment
 
 @pytest.mark.parametrize("study", ON_RECORD)
 def test_models_on_record_have_the_width_of_today(study):
-    jobs = ON_RECORD[study]()
-    for label, run in studies.on_record(study).items():
+    wanted = ON_RECORD[study]()
+    for label, run in jobs.on_record(study).items():
         (model,) = run["models"]
-        build = BUILDERS.get(jobs[label].module, build_model)
-        assert model["hidden"] == build(jobs[label].config, model["model"], 10).hidden
+        build = BUILDERS.get(wanted[label].module, build_model)
+        assert model["hidden"] == build(wanted[label].config, model["model"], 10).hidden
 
 
 def test_example_code_runs():

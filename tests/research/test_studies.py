@@ -22,8 +22,9 @@ from lab.run import count_parameters
 from lab.synthetic import sample_sentences
 from qrnn import QRNN
 from qrnn_layer import QRNNLayer, QRNNState
-from research import closed_form, context, studies, tune
-from research.studies import STUDIES, Job, identity, main
+from research import closed_form, context, jobs, tune
+from research.jobs import Job, identity
+from research.studies import STUDIES, main
 
 ROOT = Path(__file__).parents[2]
 TINY = "--preset demo --corpus text --embedding 8 --hidden 8 --epochs 1 --device cpu"
@@ -53,7 +54,7 @@ def write_tuning(folder: Path) -> None:
 
 @pytest.mark.parametrize("study", STUDIES)
 def test_flags_are_understood_and_no_run_is_done_twice(study, tmp_path, monkeypatch):
-    monkeypatch.setattr(studies, "RESULTS", tmp_path)
+    monkeypatch.setattr(jobs, "RESULTS", tmp_path)
     write_tuning(tmp_path)
     runs = STUDIES[study]()
     assert len({identity(run, "of a text") for run in runs.values()}) == len(runs)
@@ -83,7 +84,7 @@ def test_one_word_in_the_first_layer_costs_no_parameters():
 
 
 def test_compared_models_get_the_trial_that_was_best_on_validation(tmp_path, monkeypatch):
-    monkeypatch.setattr(studies, "RESULTS", tmp_path)
+    monkeypatch.setattr(jobs, "RESULTS", tmp_path)
     write_tuning(tmp_path)
     configs = {label: run.config for label, run in STUDIES["tuned"]().items()}
     assert {config.lr for label, config in configs.items() if label.startswith("QRNN")} == {0.003}
@@ -92,7 +93,7 @@ def test_compared_models_get_the_trial_that_was_best_on_validation(tmp_path, mon
 
 
 def test_tuned_models_need_the_tuning(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(studies, "RESULTS", tmp_path)
+    monkeypatch.setattr(jobs, "RESULTS", tmp_path)
     assert main(["tuned", "--data", str(tmp_path)]) == 2
     write_tuning(tmp_path)
     tuning = json.loads((tmp_path / "tuning.json").read_text())
@@ -106,8 +107,8 @@ def test_tuned_models_need_the_tuning(tmp_path, monkeypatch, capsys):
 @pytest.fixture
 def away(tmp_path, monkeypatch):
     """Where the runs and the results of studies go; the code stays where it is."""
-    monkeypatch.setattr(studies, "RESULTS", tmp_path)
-    monkeypatch.setattr(studies, "ROOT", tmp_path)
+    monkeypatch.setattr(jobs, "RESULTS", tmp_path)
+    monkeypatch.setattr(jobs, "ROOT", tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     return tmp_path
 
@@ -116,16 +117,16 @@ DIVERGES = Job(f"{TINY} --models lstm --optimizer sgd --lr 1e30")
 
 
 def test_a_study_writes_what_came_out_and_does_not_run_it_again(data, away, monkeypatch, capsys):
-    jobs = {"good": Job(f"{TINY} --models qrnn"), "bad": DIVERGES}
-    monkeypatch.setitem(STUDIES, "tiny", lambda: jobs)
+    wanted = {"good": Job(f"{TINY} --models qrnn"), "bad": DIVERGES}
+    monkeypatch.setitem(STUDIES, "tiny", lambda: wanted)
     assert main(["tiny", "--data", str(data)]) == 1
     content = json.loads((away / "tiny.json").read_text())
     assert set(content["runs"]) == {"good", "bad"}
     assert content["runs"]["good"]["models"][0]["model"] == "qrnn" and not content["runs"]["good"]["interrupted"]
     assert content["runs"]["bad"]["error"].startswith("exit code 1: ")
     assert f"bad: {content['runs']['bad']['error']}" in capsys.readouterr().out
-    monkeypatch.setattr(studies, "subprocess", SimpleNamespace(run=lambda *_, **__: pytest.fail("run again")))
-    jobs.pop("bad")
+    monkeypatch.setattr(jobs, "subprocess", SimpleNamespace(run=lambda *_, **__: pytest.fail("run again")))
+    wanted.pop("bad")
     assert main(["tiny", "--data", str(data)]) == 0
 
 
@@ -139,9 +140,9 @@ def test_what_is_on_record_stays_until_a_run_in_its_place_succeeds(data, away, m
     failed = {"identity": kept["identity"], "error": "an older one"}
     record = {"first": other, "second": kept, "third": other, "fourth": failed, "gone": kept}
     (away / "tiny.json").write_text(json.dumps({"runs": record}))
-    jobs = {"second": DIVERGES, "first": first, "third": Job(f"{DIVERGES.flags} --seed 1")}
-    jobs["fourth"] = Job(f"{DIVERGES.flags} --seed 2")
-    monkeypatch.setitem(STUDIES, "tiny", lambda: jobs)
+    wanted = {"second": DIVERGES, "first": first, "third": Job(f"{DIVERGES.flags} --seed 1")}
+    wanted["fourth"] = Job(f"{DIVERGES.flags} --seed 2")
+    monkeypatch.setitem(STUDIES, "tiny", lambda: wanted)
     assert main(["tiny", "--data", str(data)]) == 1
     runs = json.loads((away / "tiny.json").read_text())["runs"]
     assert list(runs) == ["second", "first", "third", "fourth", "gone"]
@@ -173,7 +174,7 @@ def test_a_corpus_in_another_folder_is_the_same(data, away, monkeypatch):
     monkeypatch.setitem(STUDIES, "tiny", lambda: {"good": Job(f"{TINY} --models qrnn")})
     assert main(["tiny", "--data", str(data)]) == 0
     data.rename(away / "elsewhere")
-    monkeypatch.setattr(studies, "subprocess", SimpleNamespace(run=lambda *_, **__: pytest.fail("run again")))
+    monkeypatch.setattr(jobs, "subprocess", SimpleNamespace(run=lambda *_, **__: pytest.fail("run again")))
     assert main(["tiny", "--data", str(away / "elsewhere")]) == 0
 
 
@@ -198,7 +199,7 @@ def test_the_text_of_a_job_is_that_of_its_run(tmp_path):
         job = Job(f"--preset small --max-length {longest} --models qrnn", "examples.translation")
         text = Translating(replace(job.config, data=tmp_path)).fingerprint
         assert text["dropped_pairs"] == dropped
-        assert studies.identify({"a job": job}, tmp_path) == {"a job": identity(job, text["sha256_of_lines"])}
+        assert jobs.identify({"a job": job}, tmp_path) == {"a job": identity(job, text["sha256_of_lines"])}
 
 
 @pytest.mark.parametrize("script", [main, tune.main])
