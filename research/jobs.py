@@ -53,8 +53,10 @@ def carry_out(study: str, jobs: Jobs, data: str) -> int:
         the exit code: 0, 1 if a run failed, 130 if it was interrupted.
 
     Raises:
-        InputError, CorpusError: the corpus is not there, or a flag of a job is wrong; nothing has run.
+        InputError, CorpusError: the corpus is not there, a flag of a job is wrong, or the record is damaged; nothing
+            has run.
     """
+    on_record(study)
     folder = corpus_folder(data)
     origin, identities, failed = provenance(seed=0, device="cpu"), identify(jobs, folder), {}
     with ThreadPoolExecutor(AT_A_TIME) as pool:
@@ -84,9 +86,16 @@ def corpus_folder(data: str) -> Path:
 
 
 def on_record(study: str) -> dict[str, Any]:
-    """Return the runs in results/STUDY.json by their labels; none if there is no such file."""
+    """Return the runs in results/STUDY.json by their labels; none if there is no such file.
+
+    Raises:
+        InputError: the file is damaged.
+    """
     path = RESULTS / f"{study}.json"
-    return json.loads(path.read_text())["runs"] if path.exists() else {}
+    try:
+        return json.loads(path.read_text())["runs"] if path.exists() else {}
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: no results of a study ({error!r}); git has it as it was") from error
 
 
 def put_on_record(study: str, origin: dict[str, Any], jobs: Jobs, label: str, run: dict[str, Any]) -> None:
@@ -153,4 +162,8 @@ def settings(job: Job) -> dict[str, Any]:
 
 
 def finished(path: Path) -> bool:
-    return path.exists() and not json.loads(path.read_text())["interrupted"]
+    """Tell whether a run is at its end; one whose results are damaged is not."""
+    try:
+        return json.loads(path.read_text())["interrupted"] is False
+    except (OSError, ValueError, KeyError, TypeError):
+        return False

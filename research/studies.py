@@ -17,10 +17,11 @@ candidates    candidates of the QRNN, one epoch; 1/2 h
 initial       QRNN and LSTM with larger initial candidates, three seeds; 1 1/2 h
 ptb_quarter   what helps on a quarter of the Penn Treebank as one stream, 8 epochs, one seed; 1 1/2 h
 translators   ten trials of each translator: learning rate, initial weights, dropout; 1/2 h
+translation   both translators with their best trials on all pairs; 1 h
 folds         both readers of film reviews, each tenth once for test; 1 3/4 h
 
 --data is a folder with the files of WikiText-2; for numerics and the studies named ptb, of the Penn Treebank; for
-translators, of Multi30k; for folds, of rt-polarity.
+translators and translation, of Multi30k; for folds, of rt-polarity.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from itertools import product
+from typing import Any
 
 from examples.sentiment.data import FOLDS
 from lab.command_line import Parser, exit_code
@@ -46,6 +48,9 @@ DROPOUT = "--dropout {0} --dropout-embedding {0} --dropout-output {0}"  # the sa
 STREAMED = f"{SMALL} {STREAM} --embedding 256 --batch-size 20 --bptt 70"  # as published numbers have it
 LARGER = "research.variants gain"  # initial candidates, of either model
 FIRST_KERNEL = f"{SMALL} --models qrnn --first-kernel-size 1 --hidden 292"
+TUNED = ("lr", "dropout", "dropout_embedding", "dropout_output", "weight_decay")  # what research/tune.py searches
+TRANSLATED = ("lr", "initialisation", "forget_bias", "dropout")  # and what `translators` does
+TRANSLATE = "--preset small --epochs 3"
 PTB_WIDTH = 359  # of two layers, the first of which sees one word
 PTB = f"{STREAMED} --corpus ptb --lr 4e-3 {DROPOUT.format(0.4)}"
 
@@ -128,19 +133,22 @@ def tuned() -> Jobs:
     }
 
 
-def best_flags(model: str) -> str:
-    """The flags of the trial that was best on validation; raises InputError: the models do not have the same trials."""
-    names = ("lr", "dropout", "dropout_embedding", "dropout_output", "weight_decay")
-    trials: dict[str, dict[tuple[float, ...], float]] = {name: {} for name in NAMES}  # flags -> perplexity
-    for run in on_record("tuning").values():
+def best_flags(model: str, search: str = "tuning", names: Sequence[str] = TUNED) -> str:
+    """Return the flags of the trial in results/SEARCH.json that was best on validation.
+
+    Raises:
+        InputError: the models do not have the same trials.
+    """
+    trials: dict[str, dict[tuple[Any, ...], float]] = {name: {} for name in NAMES}  # values -> perplexity
+    for run in on_record(search).values():
         config = run.get("config", {})  # none where it failed
         if config.get("preset") == "small":
             (result,) = run["models"]
             trials[result["model"]][tuple(config[name] for name in names)] = result["valid_perplexity"]
     tried = [set(mine) for mine in trials.values()]
     if not all(tried) or tried[0] != tried[1]:
-        way_out = "run `python -m research.tune --preset small` first"
-        raise InputError(f"tuning.json lacks the same trials of both models; {way_out}")
+        way_out = {"tuning": "research.tune --preset small"}.get(search, f"research.studies {search}")
+        raise InputError(f"{search}.json lacks the same trials of both models; run `python -m {way_out}` first")
     best = min(trials[model], key=trials[model].__getitem__)
     return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in zip(names, best, strict=True))
 
@@ -249,11 +257,21 @@ def translators() -> Jobs:
     trials = [(rate, initial, 0.0, 0.1) for initial in ("scaled", "xavier") for rate in rates]
     trials += [(4e-3, "uniform", 0.0, 0.1), (4e-3, "scaled", 1.0, 0.1), (4e-3, "xavier", 1.0, 0.1)]
     trials += [(4e-3, "scaled", 0.0, 0.2)]
-    flags = "--preset small --epochs 3 --max-length 50 --no-test"
+    flags = f"{TRANSLATE} --max-length 50 --no-test"
     searched = "--lr {} --initialisation {} --forget-bias {} --dropout {}"
     return {
         f"{label}, trial {number}": Job(f"{flags} {searched.format(*values)} --models {model}", "examples.translation")
         for number, values in enumerate(trials)
+        for model, label in NAMES.items()
+    }
+
+
+def translation() -> Jobs:
+    """All pairs, each model with its best trial of `translators`."""
+    return {
+        label: Job(
+            f"{TRANSLATE} --models {model} {best_flags(model, 'translators', TRANSLATED)}", "examples.translation"
+        )
         for model, label in NAMES.items()
     }
 
@@ -283,6 +301,7 @@ STUDIES: dict[str, Callable[[], Jobs]] = {
         initial,
         ptb_quarter,
         translators,
+        translation,
         folds,
     )
 }

@@ -69,15 +69,21 @@ class Stack(nn.Module):
 
 
 def single_layers(rnn: QRNN | nn.LSTM) -> list[nn.Module]:
-    """Return the layers of a stack as stacks of one layer; those of an LSTM are drawn anew."""
+    """Return the layers of a stack as stacks of one layer, with the same weights."""
     sizes = [(rnn.input_size, rnn.hidden_size), *[(rnn.hidden_size, rnn.hidden_size)] * (rnn.num_layers - 1)]
-    if isinstance(rnn, nn.LSTM):
-        return [nn.LSTM(*size, batch_first=True) for size in sizes]
     singles: list[nn.Module] = []
-    for size, layer in zip(sizes, rnn.layers, strict=True):
-        options: dict[str, Any] = {"mode": rnn.mode, "activation": layer.activation, "zoneout": layer.zoneout}
-        single = QRNN(*size, batch_first=True, first_kernel_size=layer.kernel_size, **options)
-        single.load_state_dict({f"layers.0.{name}": value for name, value in layer.state_dict().items()})
+    for index, size in enumerate(sizes):
+        if isinstance(rnn, nn.LSTM):
+            single: nn.Module = nn.LSTM(*size, batch_first=True)
+            end = f"_l{index}"
+            mine = {name.replace(end, "_l0"): value for name, value in rnn.state_dict().items() if name.endswith(end)}
+        else:
+            layer = rnn.layers[index]
+            options: dict[str, Any] = {"mode": rnn.mode, "activation": layer.activation, "zoneout": layer.zoneout}
+            options |= {"first_kernel_size": layer.kernel_size, "method": layer.method}
+            single = QRNN(*size, batch_first=True, **options)
+            mine = {f"layers.0.{name}": value for name, value in layer.state_dict().items()}
+        single.load_state_dict(mine)
         singles.append(single)
     return singles
 
@@ -145,6 +151,8 @@ def main(arguments: Sequence[str]) -> int:
         config = parse(flags, PRESETS)
         if config.protocol != "stream" and "quarter" in changes:
             raise InputError("--protocol sentence: quarter cuts a stream, --protocol stream expected")
+        if config.dense and {"locked", "skip"} & {*changes}:
+            raise InputError("--dense: given with locked or skip, which build a stack of their own; leave it out")
         return run(config, lambda processes: VariantModelling(config, processes, changes))
 
     return exit_code(command)

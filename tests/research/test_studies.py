@@ -44,12 +44,15 @@ def data(tmp_path):
 def write_tuning(folder: Path) -> None:
     def trial(model: str, lr: float, valid_perplexity: float) -> dict:
         dropouts = {"dropout": 0.3, "dropout_embedding": 0.3, "dropout_output": 0.3}
-        config = {"preset": "small", "lr": lr, "weight_decay": 0.02, **dropouts}
+        initial = {"initialisation": "scaled", "forget_bias": 0.0}
+        config = {"preset": "small", "lr": lr, "weight_decay": 0.02, **dropouts, **initial}
         return {"config": config, "models": [{"model": model, "valid_perplexity": valid_perplexity}]}
 
     runs = {"a": trial("qrnn", 0.002, 120.0), "b": trial("qrnn", 0.003, 100.0), "c": trial("lstm", 0.002, 110.0)}
     runs |= {"e": trial("lstm", 0.003, 115.0)}
-    (folder / "tuning.json").write_text(json.dumps({"runs": runs | {"d": {"error": "exit code 1: diverged"}}}))
+    runs["d"] = {"error": "exit code 1: diverged"}
+    for search in ("tuning", "translators"):
+        (folder / f"{search}.json").write_text(json.dumps({"runs": runs}))
 
 
 @pytest.mark.parametrize("study", STUDIES)
@@ -90,6 +93,7 @@ def test_compared_models_get_the_trial_that_was_best_on_validation(tmp_path, mon
     assert {config.lr for label, config in configs.items() if label.startswith("QRNN")} == {0.003}
     assert {config.lr for label, config in configs.items() if label.startswith("LSTM")} == {0.002}
     assert all(config.dropout_output == 0.3 and config.weight_decay == 0.02 for config in configs.values())
+    assert [run.config.lr for run in STUDIES["translation"]().values()] == [0.003, 0.002]
 
 
 def test_tuned_models_need_the_tuning(tmp_path, monkeypatch, capsys):
@@ -168,6 +172,21 @@ def test_without_the_corpus_nothing_runs_and_nothing_is_written(command, where, 
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("error: ") and ("empty" if where == "empty" else "--data") in line
     assert {path.name: path.read_bytes() for path in away.glob("*.json")} == before and not (away / "runs").exists()
+
+
+@pytest.mark.parametrize("content", ["", '{"a"', "{}", "[]", "null"])
+def test_a_damaged_run_is_run_again_and_a_damaged_record_is_named(data, away, monkeypatch, capsys, content):
+    monkeypatch.setitem(STUDIES, "tiny", lambda: {"good": Job(f"{TINY} --models qrnn")})
+    (away / "tiny.json").write_text(content)
+    assert main(["tiny", "--data", str(data)]) == 2
+    assert "tiny.json" in capsys.readouterr().err and (away / "tiny.json").read_text() == content
+    assert not (away / "runs").exists()
+    (away / "tiny.json").unlink()
+    assert main(["tiny", "--data", str(data)]) == 0
+    (results,) = (away / "runs").glob("*/results.json")
+    results.write_text(content)
+    assert main(["tiny", "--data", str(data)]) == 0
+    assert json.loads(results.read_text())["models"]
 
 
 def test_a_corpus_in_another_folder_is_the_same(data, away, monkeypatch):

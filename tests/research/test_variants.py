@@ -50,10 +50,6 @@ def test_a_stack_of_single_layers_is_the_model(flags, name):
     config = parse([*flags, "--first-kernel-size", "1"], PRESETS)
     plain = LanguageModelling(config).build(name)
     changed = variants.VariantModelling(config, 1, ["locked"]).build(name)
-    names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-    if name == "lstm":
-        for index, layer in enumerate(changed.rnn.layers):
-            layer.load_state_dict({f"{n}_l0": getattr(plain.rnn, f"{n}_l{index}") for n in names})
     torch.testing.assert_close(outputs(changed.eval(), WORDS), outputs(plain.eval(), WORDS))
 
 
@@ -103,6 +99,7 @@ def test_wrong_changes_are_named(flags, tmp_path, monkeypatch, capsys):
     for module, wrong in (
         (variants, ["quarter,none", *flags]),
         (variants, ["quarter", "--demo"]),
+        (variants, ["skip", *flags, "--dense"]),
         (slope, ["0", *flags]),
     ):
         assert module.main(wrong) == 2
