@@ -1,6 +1,6 @@
 """A QRNN layer (Bradbury et al. 2016, arXiv 1611.01576) whose recurrent pooling has no loop over time.
 
-The recurrence and its closed form, for x > 0 and c_t = log f_1 + ... + log f_t:
+The recurrence, and its closed form with c_t = log f_1 + ... + log f_t. Inputs of any sign are first made positive.
 
     h_t = f_t * h_{t-1} + x_t        <=>        log h_t = c_t + logcumsumexp_t(log x_t - c_t)
 
@@ -57,14 +57,14 @@ class QRNNLayer(nn.Module):
     >>> h, state = layer(torch.randn(8, 50, 32), state)       # the next 50 steps of the same 8 sequences
 
     Args:
-        input_size, hidden_size: features F of the input, channels H of the output.
+        input_size, hidden_size: features F of the input, channels H of the output. device, dtype: of the parameters.
         kernel_size: width K of the convolution. Step t sees the inputs t - K + 1 ... t, never a later one.
         mode: "f", "fo" or "ifo" (section 2 of the paper): which gates there are.
         zoneout: probability that a channel keeps its state for a step, in training (eq. 6, without rescaling).
         activation: of the candidate: "tanh" (the paper's), "elu", "identity" or "shifted_softplus", softplus(2a) - log
             2, which has value 0 and slope 1 at 0, as tanh. Never negative: "softplus", "exp", "sigmoid" and "relu".
-        bias, method: whether the projection has a bias; how to pool, see `pool`. In "f" and "fo", where z >= -s, errors
-            of "log" and "blocked" are relative to the same pooling of |z| + s. device, dtype: of the parameters.
+        bias, method: whether the projection has a bias; how to pool, see `pool`. In "f" and "fo" the methods "log" and
+            "blocked" pool a z >= -s (tanh: s = 1) as z + s, so their errors are relative to the pooling of |z| + s.
     Raises TypeError or ValueError if an argument is of a wrong type or out of range.
     """
 

@@ -42,7 +42,7 @@ class LanguageModelling(Chosen):
     """Feed each layer with the word vectors and the outputs of all layers before it, in either model.
     The width stays, so there are more parameters."""
     first_kernel_size: KernelSize | None = None
-    """QRNN: --kernel-size of the first layer alone. none: the same as above it."""
+    """QRNN: --kernel-size of the first layer alone. none: that of the other layers."""
     dropout_embedding: Probability = 0.0
     """Dropout on the word vectors."""
     dropout_output: Probability = 0.0

@@ -31,7 +31,7 @@ class QRNN(nn.Module):
     gives what the whole gives. In two, a state that goes in is an initial value, as in nn.LSTM.
 
     That is enough because a layer with a window of two looks back at the last output of the layer below, which is in h.
-    Of an h that goes in, the last layer's goes nowhere.
+    The h of the last layer is returned but never read: what a model puts into an initial state belongs in c.
     Wider windows, `dense` and a first layer that looks back need more. There the state is (h, c, window): `window` is a
     tuple of the last K - 1 inputs of each layer and direction, (K - 1, B, F_layer). Such a stack also takes (h, c). It
     then starts from windows of zeros, which is right at the start of a sequence, and warns once where it is not.
@@ -100,7 +100,7 @@ class QRNN(nn.Module):
             isinstance(proj_size, int) and proj_size == 0,
             "proj_size",
             proj_size,
-            "0, for a QRNN has no projection of its outputs,",
+            "0 (a QRNN has no projection: put nn.Linear after it)",
         )
         self.input_size, self.hidden_size = check_size("input_size", input_size), check_size("hidden_size", hidden_size)
         self.num_layers, self.dropout = check_size("num_layers", num_layers), check_probability("dropout", dropout)
@@ -243,15 +243,15 @@ class QRNN(nn.Module):
             expect(self.mode != "f", "hx", type(hx), wanted, TypeError)
         expect(isinstance(hx, tuple | list) and len(hx) in (2, 3), "hx", type(hx), wanted, TypeError)
         h, c, *windows = hx
-        check_tensor("hx[0], h,", h, shape, x.device)
-        check_tensor("hx[1], c,", c, shape, x.device)
+        check_tensor("hx[0] (h)", h, shape, x.device)
+        check_tensor("hx[1] (c)", c, shape, x.device)
         if windows:
             expect(self._windows, "hx", "a state of three parts", wanted, TypeError)
             (windows,) = windows
-            expect(isinstance(windows, tuple | list), "hx[2], window,", type(windows), "a tuple of tensors", TypeError)
-            expect(len(windows) == len(self.layers), "hx[2], window,", len(windows), f"{len(self.layers)} tensors")
+            expect(isinstance(windows, tuple | list), "hx[2] (window)", type(windows), "a tuple of tensors", TypeError)
+            expect(len(windows) == len(self.layers), "hx[2] (window)", len(windows), f"{len(self.layers)} tensors")
             for layer, window in zip(self.layers, windows, strict=True):
-                check_tensor("hx[2], window,", window, (layer.kernel_size - 1, *batch, layer.input_size), x.device)
+                check_tensor("hx[2] (window)", window, (layer.kernel_size - 1, *batch, layer.input_size), x.device)
         elif self._windows:
             self._warn_of_windows(h, c)
             windows = [x.new_zeros(layer.kernel_size - 1, *batch, layer.input_size) for layer in self.layers]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -71,7 +71,7 @@ def over_folds(qrnn: Series, lstm: Series) -> Compared:
     return Compared(qrnn.mean(), lstm.mean(), (low, high), f"{len(qrnn)} folds", higher_is_better=True)
 
 
-def over_sentences(qrnn: dict[str, Any], lstm: dict[str, Any]) -> Compared:
+def over_sentences(qrnn: Mapping[str, Any], lstm: Mapping[str, Any]) -> Compared:
     """Compare BLEU by the paired bootstrap (Koehn 2004): both models on the same draws of the test sentences."""
     rng = np.random.default_rng(0)
     counts = [np.array([line.split() for line in model["bleu_counts"]], dtype=int) for model in (qrnn, lstm)]  # (S, 10)
@@ -131,6 +131,12 @@ def reviews_in_folds() -> Compared | None:
     return over_folds(both["qrnn"], both["lstm"]) if len(both) > 1 else None
 
 
+def translations() -> Compared | None:
+    """Return the BLEU of both translators."""
+    runs = {run["model"]: run for _, run in finished_runs("translation").iterrows()}
+    return over_sentences(runs["qrnn"], runs["lstm"]) if len(runs) == 2 else None
+
+
 def test_perplexities(study: str) -> Callable[[], Compared | None]:
     return lambda: compare(finished_runs(study), "test_perplexity")
 
@@ -142,6 +148,7 @@ COMPARISONS: dict[str, Callable[[], Compared | None]] = {
     "WikiText-2, sentences, both tuned": test_perplexities("tuned"),
     "WikiText-2, one stream, perplexity": test_perplexities("wikitext2"),
     "Penn Treebank, one stream, perplexity": test_perplexities("ptb"),
+    "translation of Multi30k, BLEU": translations,
     "film reviews, accuracy in %": reviews,
     "film reviews, all folds, accuracy in %": reviews_in_folds,
 }

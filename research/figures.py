@@ -129,9 +129,10 @@ def draw_context(content: dict[str, Any], path: Path) -> None:
     save(figure, path)
 
 
-def attention(path: Path) -> None:
-    content = load("translation.json")
-    path.write_bytes(draw_attention(content["models"][0]["attention"], content["config"]["reverse"]))
+def draw_translation(runs: DataFrame, path: Path) -> None:
+    """Where the QRNN looks while it translates."""
+    run = runs.query("model == 'qrnn'").iloc[0]
+    path.write_bytes(draw_attention(run["attention"], run["reverse"]))
 
 
 # --- the benchmark ---------------------------------------------------------------------------------------------------
@@ -218,6 +219,7 @@ STUDIES: dict[str, Callable[[DataFrame, Path], None]] = {
     "seeds": draw_seeds,
     "ablation": draw_ablation,
     "ptb": draw_ptb,
+    "translation": draw_translation,
 }
 BENCHMARK: dict[str, Callable[[Benchmark, Path], None]] = {
     "speed": draw_speed,
@@ -233,7 +235,6 @@ def draw_all(folder: Path) -> None:
             draw(runs, folder / f"{name}.png")
     if (RESULTS / "context.json").exists():
         draw_context(load("context.json"), folder / "context.png")
-    attention(folder / "attention.png")
     for device, suffix in (("cpu", ""), ("cuda", "-cuda")):
         for name, draw in BENCHMARK.items():
             try:

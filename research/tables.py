@@ -133,6 +133,19 @@ def initial(runs: DataFrame) -> str:
     return seeds(runs.assign(kind=kinds), {kind: kind for kind in kinds}, "kind")
 
 
+def translation(runs: DataFrame) -> str:
+    """A row for each model, with its settings, and the signatures of the scores."""
+    settings = {"lr": "learning rate", "initialisation": "initial weights", "forget_bias": "forget bias"}
+    scores = {"valid_perplexity": "validation perplexity", "bleu": "BLEU", "chrf": "chrF"}
+    shown = runs[["hidden", "recurrent_parameters", *settings, "dropout", *scores]].copy()
+    shown["recurrent_parameters"] = shown["recurrent_parameters"].map("{:,}".format)
+    shown[[*scores]] = shown[[*scores]].map("{:.2f}".format)
+    names = {"hidden": "units", "recurrent_parameters": "recurrent parameters"} | settings | scores
+    first = runs.iloc[0]
+    signatures = f"BLEU: {first['bleu_signature']}; chrF: {first['chrf_signature']}."
+    return f"{wide(shown.rename(columns=names), 'model')}\n\n{signatures}"
+
+
 def folds(runs: DataFrame) -> str:
     """A row for each fold, a column for each model."""
     shown = runs.assign(accuracy=[f"{test['accuracy']:.2f}" for test in runs["test"]])
@@ -185,14 +198,6 @@ def sentiment() -> str:
     )
 
 
-def translation() -> str:
-    """BLEU and chrF with their signatures."""
-    scores = {"valid_perplexity": "validation perplexity", "bleu": "BLEU", "chrf": "chrF"}
-    made = example("translation.json", lambda model: {label: f"{model[score]:.2f}" for score, label in scores.items()})
-    first = load("translation.json")["models"][0]
-    return f"{made} BLEU: {first['bleu_signature']}; chrF: {first['chrf_signature']}."
-
-
 ALL = tuple(SCORES)
 STUDIES: dict[str, Callable[[DataFrame], str]] = {
     "seeds": seeds,
@@ -207,6 +212,7 @@ STUDIES: dict[str, Callable[[DataFrame], str]] = {
     "initial": initial,
     "candidates": partial(study, first="candidate", by_value=True),
     "translators": translators,
+    "translation": translation,
     "folds": folds,
     "ptb_quarter": partial(study, first="model", scores=("valid_perplexity", "fit"), by_value=True),
 }
@@ -215,5 +221,4 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "tuning": partial(recorded, "tuning", "python -m research.tune --preset small --amp bf16", tuning),
     "context": context,
     "sentiment": sentiment,
-    "translation": translation,
 }

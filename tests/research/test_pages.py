@@ -63,7 +63,7 @@ def test_every_figure_is_on_a_page():
 def test_every_study_has_its_place():
     assert set(tables.STUDIES) == set(studies.STUDIES)
     places = {match["name"] for page in pages.PAGES for match in pages.BLOCK.finditer(page.read_text())}
-    assert {*studies.STUDIES, "comparison", "tuning", "context", "sentiment", "translation"} <= places
+    assert {*studies.STUDIES, "comparison", "tuning", "context", "sentiment"} <= places
 
 
 def test_blocks_are_filled_where_they_stand(monkeypatch):
@@ -243,6 +243,9 @@ def test_comparisons_have_as_many_runs_of_one_as_of_the_other(write, monkeypatch
 @pytest.mark.parametrize("name", figures.STUDIES)
 def test_figures_are_drawn_also_of_a_part(name, write, tmp_path):
     runs = {f"{name} {seed}": run(name, 90.0 + seed, None) for name in ("qrnn", "lstm") for seed in (0, 1)}
+    for made in runs.values():
+        made["config"]["reverse"] = True
+        made["models"][0]["attention"] = {"source": "ab", "translation": "c", "per_cent": ["20 80", "70 30"]}
     for part in (runs, dict(list(runs.items())[:1])):
         write("x", **part)
         figures.STUDIES[name](finished_runs("x"), tmp_path / "x.png")
