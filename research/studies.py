@@ -10,7 +10,8 @@ longer        the most promising for four epochs, with and without dense connect
 tuned         three seeds with the settings that research/tune.py found; 1 h
 numerics      the plain closed form left to autograd beside `scan`; 1/4 h
 ptb           both models on the Penn Treebank as one stream, 15 epochs; 1 h
-ptb_short     the same with more forms of the QRNN, 3 epochs; 1/2 h
+ptb_scaled    the same with today's initial weights, three seeds; 3 h
+ptb_short     as ptb with more forms of the QRNN, 3 epochs; 1/2 h
 wikitext2     both models on WikiText-2 as one stream with all its words; 1 1/2 h
 first_kernel  the QRNN of seeds with a first layer that sees one word, three seeds; 1/2 h
 candidates    candidates of the QRNN, one epoch; 1/2 h
@@ -159,6 +160,13 @@ def ptb() -> Jobs:
     return {label: Job(f"{flags} {model}") for model, label in NAMES.items()}
 
 
+def ptb_scaled() -> Jobs:
+    """The same with today's initial weights and a QRNN whose first layer sees one word, three seeds."""
+    flags = f"{PTB} --epochs 15 --initialisation scaled --models"
+    models = {"qrnn": f"qrnn --first-kernel-size 1 --hidden {PTB_WIDTH}", "lstm": "lstm --hidden 309"}
+    return {f"{NAMES[model]}, seed {seed}": Job(f"{flags} {models[model]} --seed {seed}") for seed, model in SEEDED}
+
+
 def ptb_short() -> Jobs:
     """What does well in three epochs of it."""
     models = {
@@ -294,6 +302,7 @@ STUDIES: dict[str, Callable[[], Jobs]] = {
         tuned,
         numerics,
         ptb,
+        ptb_scaled,
         ptb_short,
         wikitext2,
         first_kernel,
