@@ -5,7 +5,7 @@ Four ideas, each with its rule:
 1. Fewer products, see `qrnn.convolution`: three for two steps of two taps, four for two steps of three. Rule:
    kernel_size 2 or 3, float32 or float64, SHORT_FILTER_ROWS rows (steps times batch) or more; fewer do not pay for the
    sums of weights. So kernel_size = 1 has two thirds of the work of 2, and 3 has four thirds. In bfloat16 the rounded
-   sums would make the error 1.4 times as large, and products are cheap; there it is one product, of all taps at once.
+   sums would make the error larger, and products are cheap; there it is one product, of all taps at once.
 2. Pieces that stay in the cache. The layer goes through time in pieces of about PIECE numbers in the projection.
    Product, gates, pooling and output of a piece come before the next piece; the state runs on. Each product packs the
    weights anew, so there are PIECE_ROWS rows at least, and in bfloat16, where packing weighs more, HALF_PIECE numbers.

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from examples.sentiment.__main__ import Sentiment
 from examples.translation.__main__ import Translating
 from experiment import build_model
 from lab.corpora import load_corpus
@@ -219,6 +220,18 @@ def test_the_text_of_a_job_is_that_of_its_run(tmp_path):
         text = Translating(replace(job.config, data=tmp_path)).fingerprint
         assert text["dropped_pairs"] == dropped
         assert jobs.identify({"a job": job}, tmp_path) == {"a job": identity(job, text["sha256_of_lines"])}
+
+
+def test_each_fold_of_the_reviews_is_a_text_of_its_own(tmp_path):
+    for label, words in (("pos", "good"), ("neg", "bad")):
+        lines = "\n".join(f"a {words} film of number {number}" for number in range(10))
+        (tmp_path / f"rt-polarity.{label}").write_text(f"{lines}\n")
+    wanted = {label: job for label, job in STUDIES["folds"]().items() if job.config.fold < 2}
+    found = jobs.identify(wanted, tmp_path)
+    assert len(found) == len({*found.values()}) == 4
+    for label, job in wanted.items():
+        text = Sentiment(replace(job.config, data=tmp_path)).fingerprint["sha256_of_reviews"]
+        assert found[label] == identity(job, text)
 
 
 @pytest.mark.parametrize("script", [main, tune.main])
