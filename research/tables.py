@@ -15,6 +15,7 @@ from research.comparison import over_seeds
 from research.record import finished_runs, load
 from research.studies import NAMES
 
+NAMED = 4  # of the runs that are missing
 FIT = "training text, with dropout"
 SIZES = {"hidden": "units", "sizes": "parameters, recurrent / all"}
 SCORES = {"valid_perplexity": "validation perplexity", "test_perplexity": "test perplexity", "fit": FIT}
@@ -30,7 +31,8 @@ def recorded(name: str, command: str, made: Callable[[DataFrame], str]) -> str:
     lines = [f"{label} failed: {run['error']}." for label, run in on_record.items() if "error" in run]
     missing = [label for label in wanted if label not in on_record]
     if not on_record or missing:
-        what = f": {'; '.join(missing)}. It is done by " if on_record else ": "
+        shown = "; ".join(missing[:NAMED]) + f"; and {len(missing) - NAMED} more" * (len(missing) > NAMED)
+        what = f": {shown}. It is done by " if on_record else ": "
         lines.append(f"Not run yet{what}`{command} --data DIR`.")
     shown = [made(runs), *lines, study_source(name)] if len(runs) else lines
     return "\n\n".join(shown)
