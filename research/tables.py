@@ -31,8 +31,8 @@ def recorded(name: str, command: str, made: Callable[[DataFrame], str]) -> str:
     lines = [f"{label} failed: {run['error']}." for label, run in on_record.items() if "error" in run]
     missing = [label for label in wanted if label not in on_record]
     if not on_record or missing:
-        shown = "; ".join(missing[:NAMED]) + f"; and {len(missing) - NAMED} more" * (len(missing) > NAMED)
-        what = f": {shown}. It is done by " if on_record else ": "
+        named = "; ".join(missing[:NAMED]) + f"; and {len(missing) - NAMED} more" * (len(missing) > NAMED)
+        what = f": {named}. It is done by " if on_record else ": "
         lines.append(f"Not run yet{what}`{command} --data DIR`.")
     shown = [made(runs), *lines, study_source(name)] if len(runs) else lines
     return "\n\n".join(shown)
