@@ -130,9 +130,9 @@ def draw_context(content: dict[str, Any], path: Path) -> None:
 
 
 def draw_translation(runs: DataFrame, path: Path) -> None:
-    """Where the QRNN looks while it translates."""
-    run = runs.query("model == 'qrnn'").iloc[0]
-    path.write_bytes(draw_attention(run["attention"], run["reverse"]))
+    """Where the QRNN looks while it translates; nothing if it has not been run."""
+    for _, run in runs.query("model == 'qrnn'").head(1).iterrows():
+        path.write_bytes(draw_attention(run["attention"], run["reverse"]))
 
 
 # --- the benchmark ---------------------------------------------------------------------------------------------------

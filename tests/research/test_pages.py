@@ -253,6 +253,15 @@ def test_figures_are_drawn_also_of_a_part(name, write, tmp_path):
         (tmp_path / "x.png").unlink()
 
 
+@pytest.mark.parametrize("name", figures.STUDIES)
+def test_runs_of_the_lstm_alone_stop_no_page(name, write, tmp_path):
+    made = run("lstm", 90.0, None, reverse=True)
+    made["models"][0]["attention"] = {"source": "ab", "translation": "c", "per_cent": ["20 80", "70 30"]}
+    write("x", one=made)
+    figures.STUDIES[name](finished_runs("x"), tmp_path / "x.png")
+    assert (tmp_path / "x.png").exists() == (name != "translation")  # that figure is of the QRNN
+
+
 def test_the_known_words_are_drawn_and_missing_ones_are_said(tmp_path, monkeypatch):
     figures.draw_context(json.loads((record.RESULTS / "context.json").read_text()), tmp_path / "x.png")
     assert (tmp_path / "x.png").stat().st_size > 5000
