@@ -3,7 +3,7 @@
     python -m benchmarks.gpu STEP FOLDER
 
 Each step writes FOLDER/STEP.json, anew after every comparison: what is cut off loses little. What does not run leaves a
-row that says why. The steps `compile`, `tests`, `methods` and `fig4` need no package but PyTorch (`tests`: and pytest).
+row that says why. All steps but `bradbury` and `more` need no package but PyTorch (`tests`: and pytest).
 """
 
 from __future__ import annotations
@@ -98,14 +98,28 @@ def _whole_in_float64(log_f: Tensor, x: Tensor, h0: Tensor, floor: float) -> Ten
     return (h + c.exp() * h0.unsqueeze(1)).to(x.dtype)
 
 
-def _associative_scan(mode: str, log_f: Tensor, x: Tensor, h0: Tensor, floor: float) -> Tensor:
+def _associated(mode: str, log_f: Tensor, x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Return the running sums of log_f, and h from h_0 = 0."""
     from torch._higher_order_ops import associative_scan  # a prototype: not public yet
 
     def combine(left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         return left[0] + right[0], right[0].exp() * left[1] + right[1]
 
-    log_f_sum, h = associative_scan(combine, (log_f, x), 1, combine_mode=mode)
-    return h + log_f_sum.exp() * h0.unsqueeze(1)
+    return cast(tuple[Tensor, Tensor], associative_scan(combine, (log_f, x), dim, combine_mode=mode))
+
+
+def _associative_scan(mode: str, log_f: Tensor, x: Tensor, h0: Tensor, floor: float) -> Tensor:
+    c, h = _associated(mode, log_f, x, 1)
+    return h + c.exp() * h0.unsqueeze(1)
+
+
+def _associative_blocks(size: int, log_f: Tensor, x: Tensor, h0: Tensor, floor: float) -> Tensor:
+    """Scans inside blocks, which are parallel also for one long sequence, and one from block to block."""
+    size = min(size, x.shape[1])
+    c, h = _associated("pointwise", log_f.unflatten(1, (-1, size)), x.unflatten(1, (-1, size)), 2)
+    ends = _associative_scan("pointwise", c[:, :, -1], h[:, :, -1], h0, floor)
+    starts = torch.cat([h0.unsqueeze(1), ends[:, :-1]], dim=1).unsqueeze(2)
+    return torch.addcmul(h, c.exp(), starts).flatten(1, 2)
 
 
 SOLVERS: dict[str, Callable[..., Tensor]] = {
@@ -113,6 +127,7 @@ SOLVERS: dict[str, Callable[..., Tensor]] = {
     "closed form, float64, whole": _whole_in_float64,
     "torch.associative_scan, generic": partial(_associative_scan, "generic"),
     "torch.associative_scan, pointwise": partial(_associative_scan, "pointwise"),  # one kernel; compiled on CUDA only
+    "torch.associative_scan, pointwise, blocks of 64": partial(_associative_blocks, 64),
 }
 
 
@@ -231,8 +246,10 @@ def allow_tf32(allowed: bool) -> None:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
 
 
-def too_long(name: str, length: int, compiled: bool, plan: Plan) -> str | None:
+def not_tried(name: str, length: int, compiled: bool, plan: Plan) -> str | None:
     """Why a way is not tried at a length."""
+    if compiled and name == "torch.associative_scan, generic":
+        return "slow to compile: pointwise is compiled instead"
     limit = plan.longest_compiled_loop if compiled else plan.longest_loop
     return f"slow: not tried beyond T = {limit:,}" if name == "loop" and length > limit else None
 
@@ -261,7 +278,7 @@ def method_rows(shape: Shape, compiled: bool, plan: Plan, device: str) -> list[R
         calls: dict[tuple[str, str], Call] = {("copy", "eager"): lambda: target.copy_(log_f)}
         facts: dict[tuple[str, str], dict[str, Any]] = {}
         for name, function in WAYS.items():
-            reason = too_long(name, shape[1], compiled, plan)
+            reason = not_tried(name, shape[1], compiled, plan)
             if reason is not None:
                 rows.append(cell | {"what": name, "skipped": reason})
                 continue
@@ -350,13 +367,12 @@ def grid_rows(length: int, training: bool, tf32: bool, compiled: bool, plan: Pla
 
 
 def fig4(plan: Plan, device: str, record: Record) -> None:
-    for compiled in (False, True):
-        for tf32 in (True, False):
-            for length in plan.lengths:
-                for training in (False, True):
-                    for row in grid_rows(length, training, tf32, compiled, plan, device):
-                        record.add("rows", [row])
-                print(f"fig4: T = {length}, TF32 {tf32}{', compiled' if compiled else ''}", flush=True)
+    for tf32, compiled in product((True, False), (False, True)):
+        for length in plan.lengths:
+            for training in (False, True):
+                for row in grid_rows(length, training, tf32, compiled, plan, device):
+                    record.add("rows", [row])
+            print(f"fig4: T = {length}, TF32 {tf32}{', compiled' if compiled else ''}", flush=True)
 
 
 # --- step 1: the tests, while other cores fill the compiler's cache --------------------------------------------------
@@ -389,7 +405,7 @@ def compile_method(plan: Plan, device: str, shape: Shape, name: str) -> None:
         pooling_call(compile_way(WAYS[name], plan), problem_of(shape, device), backward)()
 
 
-def compile_layers(plan: Plan, device: str, length: int, training: bool) -> None:
+def compile_cells(plan: Plan, device: str, length: int, training: bool) -> None:
     for tf32 in (True, False):
         for row in grid_rows(length, training, tf32, True, plan, device):
             if "skipped" in row:
@@ -408,25 +424,33 @@ def compiled_row(task: tuple[str, Callable[[], None]]) -> Row:
     return {"what": name, "seconds": time.perf_counter() - started}
 
 
-def compile(plan: Plan, device: str, record: Record) -> None:
+def compile_all(tasks: Iterable[tuple[str, Callable[[], None]]], record: Record) -> None:
     """Fill the compiler's cache by many processes at once: one alone would take minutes."""
-    tasks: list[tuple[str, Callable[[], None]]] = [
-        (f"{name} {shape}", partial(compile_method, plan, device, shape, name))
-        for shape in plan.shapes
-        for name in WAYS
-        if too_long(name, shape[1], True, plan) is None
-    ]
-    small = replace(plan, batches=plan.batches[:1], cell_budget=0.0)  # the batch size is dynamic
-    tasks += [
-        (f"layers, T = {length}, {part_of(training)}", partial(compile_layers, small, device, length, training))
-        for length, training in product(plan.lengths, (False, True))
-    ]
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
     with multiprocessing.get_context("spawn").Pool(max(1, (os.cpu_count() or 1) - 4)) as pool:
         for row in pool.imap_unordered(compiled_row, tasks):
             record.add("rows", [row])
         pool.close()
         pool.join()
+
+
+def compile_methods(plan: Plan, device: str, record: Record) -> None:
+    tasks = [
+        (f"{name} {shape}", partial(compile_method, plan, device, shape, name))
+        for shape in plan.shapes
+        for name in WAYS
+        if not_tried(name, shape[1], True, plan) is None
+    ]
+    compile_all(tasks, record)
+
+
+def compile_layers(plan: Plan, device: str, record: Record) -> None:
+    small = replace(plan, batches=plan.batches[:1], cell_budget=0.0)  # the batch size is dynamic
+    tasks = [
+        (f"T = {length}, {part_of(training)}", partial(compile_cells, small, device, length, training))
+        for length, training in product(plan.lengths, (False, True))
+    ]
+    compile_all(tasks, record)
 
 
 # --- steps 4 and 5: language models ----------------------------------------------------------------------------------
@@ -545,7 +569,7 @@ def count(shape: Shape, name: str, backward: bool) -> tuple[int, float]:
 
 # --- the command line ------------------------------------------------------------------------------------------------
 
-MEASURED = {step.__name__: step for step in (compile, tests, methods, fig4)}
+MEASURED = {step.__name__: step for step in (compile_methods, tests, methods, compile_layers, fig4)}
 TRAINED = {step.__name__: step for step in (bradbury, more)}
 
 

@@ -3,23 +3,24 @@
 #
 #     COMMIT=$(git rev-parse HEAD) benchmarks/gpu.sh OUT [DATA [STEP...]]
 #
-# OUT   gets a JSON file for each step, written anew after every comparison, and log.txt: seven files.
-# DATA  holds ptb/ and wikitext-2/ (default: data). Without it the steps 4 and 5 are skipped.
-# STEP  of 1 2 3 4 5 (default: all). Where a command may run ten minutes only: "1 2 3", then "4 5".
+# OUT   gets a JSON file for each step, written anew after every comparison, and log.txt: eight files.
+# DATA  holds ptb/ and wikitext-2/ (default: data). Without it no model is trained.
+# STEP  of 1 2 3 4 5 (default: all). Where a command may run ten minutes only: "1 2", then "3 4 5".
 #
 #   1  at most  75 s  tests/library/test_cuda.py; beside it, the other cores fill the compiler's cache
-#   2          120 s  which way to pool should be "auto": time, memory and error of each, eager, compiled, as a graph
-#   3          180 s  Fig. 4 of the paper: 30 cells, inference and training, over cuDNN's LSTM; TF32 on, then off
-#   4          330 s  `bradbury` on the Penn Treebank, both models at once
+#   2          150 s  which way to pool should be "auto": time, memory and error of each, eager, compiled, as a graph
+#   3          330 s  `bradbury` on the Penn Treebank, both models at once; beside it, the compiler's cache for step 4
+#   4          150 s  Fig. 4 of the paper: 30 cells, inference and training, over cuDNN's LSTM; TF32 on, then off
 #   5          150 s  speed of training steps of `girrbach` and `small`, float32 and bf16; `small` on WikiText-2, both ways
 #
 # That is 14 minutes and 15 seconds. A step that fails or takes too long stops no other. Variables:
-#   PYTHON  the interpreter (python3)
-#   METHOD  of pooling in the steps 4 and 5 (auto): the fastest one, once step 2 has told it
-#   COMMIT  for the record, where this is a copy of the project without its history
+#   PYTHON   the interpreter (python3)
+#   METHOD   of pooling where models are trained (auto): the fastest one, once step 2 has told it
+#   SECONDS_TO_TRAIN  after which `bradbury` is stopped (285)
+#   COMMIT   for the record, where this is a copy of the project without its history
 #
-# Packages: the steps 1 to 3 need PyTorch (2.6 or later; written for 2.11 on Python 3.12 and newer), step 1 also pytest.
-# The steps 4 and 5 need accelerate, filelock, matplotlib, safetensors, tokenizers, tqdm, tyro, with what tyro needs
+# Packages: all steps need PyTorch (2.6 or later; written for 2.11 on Python 3.12 and newer), step 1 also pytest.
+# The steps 3 and 5 need accelerate, filelock, matplotlib, safetensors, tokenizers, tqdm, tyro, with what tyro needs
 # (docstring_parser, typeguard, typing_extensions), and step 5 pandas with tabulate. What is missing goes along as
 # wheels: `pip download` them, for that Python, where there is a network, `pip install --target` here, and set
 # PYTHONPATH. All but matplotlib, pandas, safetensors and tokenizers are pure Python.
@@ -50,13 +51,17 @@ step() {
 for number in $steps; do
     case $number in
     1)
-        step 75 compile &
+        step 75 compile_methods &
         step 75 tests
         wait $!
         ;;
-    2) step 120 methods ;;
-    3) step 180 fig4 ;;
-    4) step 330 bradbury --data "$data" --seconds 285 ;;
+    2) step 150 methods ;;
+    3)
+        step 330 compile_layers &
+        step 330 bradbury --data "$data" --seconds "${SECONDS_TO_TRAIN:-285}"
+        wait $!
+        ;;
+    4) step 150 fig4 ;;
     5) step 150 more --data "$data" --seconds 75 ;;
     *) echo "no step $number: 1 to 5 expected" >&2 ;;
     esac

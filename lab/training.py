@@ -100,6 +100,8 @@ class Trainer:
     def __init__(self, model: nn.Module, step: Step, batches: Batches, settings: Settings, unit: str = "items") -> None:
         self.accelerator = Accelerator(cpu=settings.device == "cpu")
         self.device = self.accelerator.device
+        if self.device.type == "cuda":
+            torch.set_float32_matmul_precision("high")  # TF32 for both models: by itself only nn.LSTM uses it there
         self.model = model.to(self.device)
         if settings.compile:
             self.model.compile()  # in place: the names in the state_dict stay
