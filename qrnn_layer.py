@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+COMPILES_SCANS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 11)  # on a GPU; seen to work there
 METHODS = ("loop", "log", "blocked", "scan")
 MODES = {"f": 2, "fo": 3, "ifo": 4}  # mode -> blocks of the projection, in the order z, f, [i], [o]
 GAINS = {"f": 2, "fo": 4, "ifo": 4}  # of the initial weights of z, see `reset_parameters`
@@ -257,15 +258,21 @@ def _loop(log_f: Tensor, x: Tensor, h0: Tensor) -> Tensor:
     return torch.stack(steps, dim=1)
 
 
-def _blocked(log_f: Tensor, x: Tensor, h0: Tensor, floor: float, block_size: int) -> Tensor:
+def _closed(log_f: Tensor, x: Tensor, h0: Tensor, floor: float) -> Tensor:
+    h, c = _closed_form_of_any_sign(log_f, x, floor)
+    return h + c.exp() * h0.unsqueeze(1)  # h0 enters as exp(c_t) h0, which needs no sign
+
+
+def _blocked(log_f: Tensor, x: Tensor, h0: Tensor, floor: float, size: int) -> Tensor:
     """The closed form inside blocks, the scan from block to block; in float64, for a log c is off by eps |c|."""
-    (batch_size, length, channels), size = x.shape, min(block_size, x.shape[1])
-    shape = batch_size, -(-length // size), size, channels
-    f_blocks, x_blocks = (F.pad(a, (0, 0, 0, -length % size)).double().reshape(shape) for a in (log_f, x))
-    h, c = _closed_form_of_any_sign(f_blocks, x_blocks, floor)  # as if every block started from 0
-    ends = _scan(c[:, :, -1], h[:, :, -1], h0.double())  # (B, blocks, H), the true state after each block
-    h = h + c.exp() * torch.cat([h0.double().unsqueeze(1), ends[:, :-1]], dim=1).unsqueeze(2)
-    return h.reshape(batch_size, shape[1] * size, channels).narrow(1, 0, length).to(x.dtype)
+    length, dtype, h0 = x.shape[1], x.dtype, h0.double()
+    if length <= size:
+        return _closed(log_f.double(), x.double(), h0, floor).to(dtype)
+    blocks = (F.pad(a, (0, 0, 0, -length % size)).double().unflatten(1, (-1, size)) for a in (log_f, x))
+    h, c = _closed_form_of_any_sign(*blocks, floor=floor)  # as if every block started from 0
+    ends = _scan(c[:, :, -1], h[:, :, -1], h0)  # (B, blocks, H), the true state after each block
+    h = h + c.exp() * torch.cat([h0.unsqueeze(1), ends[:, :-1]], dim=1).unsqueeze(2)
+    return h.flatten(1, 2).narrow(1, 0, length).to(dtype)
 
 
 def _closed_form_of_any_sign(log_f: Tensor, x: Tensor, floor: float) -> tuple[Tensor, Tensor]:
@@ -284,7 +291,13 @@ def _scan(log_f: Tensor, x: Tensor, h0: Tensor) -> Tensor:
     """Odd-even scan of log gates and plain states: log2(T) levels, 2T work, no division, any sign.
 
     A plain gate near 1 has lost the digits of 1 - f, and a product of T of them collects the loss; a sum of logs not.
+    For a GPU torch.compile makes a single kernel of all levels.
     """
+    if x.is_cuda and COMPILES_SCANS and torch.compiler.is_dynamo_compiling():
+        from torch._higher_order_ops import associative_scan  # a prototype, so not public yet
+
+        c, h = associative_scan(lambda a, b: (a[0] + b[0], b[0].exp() * a[1] + b[1]), (log_f, x), dim=1)
+        return h + c.exp() * h0.unsqueeze(1)
     h = torch.cat([(x[:, 0] + log_f[:, 0].exp() * h0).unsqueeze(1), x[:, 1:]], dim=1)
     scan_in_place(h, log_f[:, 1:])
     return h
@@ -298,10 +311,10 @@ def scan_in_place(h: Tensor, link: Tensor) -> None:
     length = h.shape[1]
     if length > 1:
         odd, to_odd, to_even = h[:, 1::2], link[:, 0::2], link[:, 1::2]
-        odd.addcmul_(to_odd.exp(), h[:, : length - 1 : 2])
+        gates = link.exp()
+        odd.addcmul_(gates[:, 0::2], h[:, : length - 1 : 2])
         scan_in_place(odd, to_odd[:, 1:] + to_even[:, : to_odd.shape[1] - 1])
-    if length > 2:  # the even steps follow, each from the odd one before it
-        h[:, 2::2].addcmul_(to_even.exp(), h[:, 1 : length - 1 : 2])
+        h[:, 2::2].addcmul_(gates[:, 1::2], h[:, 1 : length - 1 : 2])  # the even steps, each from the odd one before it
 
 
 # --- the derivative, one for all methods -----------------------------------------------------------------------------
@@ -315,9 +328,8 @@ class _Pool(torch.autograd.Function):
 
     @staticmethod
     def forward(log_f: Tensor, x: Tensor, h0: Tensor, keep: Tensor | None, method: str, size: int, floor: float):
-        if method == "log":  # h0 enters as exp(c_t) h0, which needs no sign
-            h, c = _closed_form_of_any_sign(log_f, x, floor)
-            h = h + c.exp() * h0.unsqueeze(1)
+        if method == "log":
+            h = _closed(log_f, x, h0, floor)
         elif method == "blocked":
             h = _blocked(log_f, x, h0, floor, size)
         else:
@@ -365,7 +377,9 @@ def _recurrence(log_f, x, h0, method: str, block_size: int = 64, floor: float = 
     if torch.jit.is_tracing():  # the older exporters lose writes in place, and cannot save a derivative of one's own
         return _hold(_loop(log_f, x, h0), h0, keep)
     if method == "auto":  # see `pool`
-        method = "blocked" if x.is_cuda and not torch.are_deterministic_algorithms_enabled() else "scan"
+        eager = x.is_cuda and not (torch.compiler.is_compiling() or torch.are_deterministic_algorithms_enabled())
+        few = x.shape[1] <= 128 and x.numel() <= 2**22
+        method, block_size = ("blocked", 128) if eager and few else ("scan", block_size)
     function = _Pool if torch.compiler.is_compiling() else _PoolForwardMode
     return function.apply(log_f, x, h0, keep, method, block_size, floor)
 

@@ -313,14 +313,14 @@ def methods(plan: Plan, device: str, record: Record) -> None:
 
 # --- step 3: Fig. 4 of the paper -------------------------------------------------------------------------------------
 
-LAYERS = ("QRNN, scan", "QRNN, blocked", "LSTM")
+LAYERS = ("QRNN", "LSTM")
 
 
 def layer(name: str, width: int, device: str) -> nn.Module:
     torch.manual_seed(0)
     if name == "LSTM":
         return nn.LSTM(width, width, batch_first=True, device=device)
-    return QRNNLayer(width, width, 2, "fo", activation="tanh", method=name.removeprefix("QRNN, "), device=device)
+    return QRNNLayer(width, width, 2, "fo", activation="tanh", device=device)
 
 
 def layer_call(module: nn.Module, x: Tensor, training: bool) -> Call:
