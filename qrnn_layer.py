@@ -268,8 +268,8 @@ def _blocked(log_f: Tensor, x: Tensor, h0: Tensor, floor: float, size: int) -> T
     length, dtype, h0 = x.shape[1], x.dtype, h0.double()
     if length <= size:
         return _closed(log_f.double(), x.double(), h0, floor).to(dtype)
-    blocks = (F.pad(a, (0, 0, 0, -length % size)).double().unflatten(1, (-1, size)) for a in (log_f, x))
-    h, c = _closed_form_of_any_sign(*blocks, floor=floor)  # as if every block started from 0
+    log_f, x = (F.pad(a, (0, 0, 0, -length % size)).double().unflatten(1, (-1, size)) for a in (log_f, x))
+    h, c = _closed_form_of_any_sign(log_f, x, floor)  # as if every block started from 0
     ends = _scan(c[:, :, -1], h[:, :, -1], h0)  # (B, blocks, H), the true state after each block
     h = h + c.exp() * torch.cat([h0.unsqueeze(1), ends[:, :-1]], dim=1).unsqueeze(2)
     return h.flatten(1, 2).narrow(1, 0, length).to(dtype)
