@@ -258,21 +258,15 @@ def _loop(log_f: Tensor, x: Tensor, h0: Tensor) -> Tensor:
     return torch.stack(steps, dim=1)
 
 
-def _closed(log_f: Tensor, x: Tensor, h0: Tensor, floor: float) -> Tensor:
-    h, c = _closed_form_of_any_sign(log_f, x, floor)
-    return h + c.exp() * h0.unsqueeze(1)  # h0 enters as exp(c_t) h0, which needs no sign
-
-
-def _blocked(log_f: Tensor, x: Tensor, h0: Tensor, floor: float, size: int) -> Tensor:
+def _blocked(log_f: Tensor, x: Tensor, h0: Tensor, floor: float, block_size: int) -> Tensor:
     """The closed form inside blocks, the scan from block to block; in float64, for a log c is off by eps |c|."""
-    length, dtype, h0 = x.shape[1], x.dtype, h0.double()
-    if length <= size:
-        return _closed(log_f.double(), x.double(), h0, floor).to(dtype)
-    log_f, x = (F.pad(a, (0, 0, 0, -length % size)).double().unflatten(1, (-1, size)) for a in (log_f, x))
-    h, c = _closed_form_of_any_sign(log_f, x, floor)  # as if every block started from 0
-    ends = _scan(c[:, :, -1], h[:, :, -1], h0)  # (B, blocks, H), the true state after each block
-    h = h + c.exp() * torch.cat([h0.unsqueeze(1), ends[:, :-1]], dim=1).unsqueeze(2)
-    return h.flatten(1, 2).narrow(1, 0, length).to(dtype)
+    (batch_size, length, channels), size = x.shape, min(block_size, x.shape[1])
+    shape = batch_size, -(-length // size), size, channels
+    f_blocks, x_blocks = (F.pad(a, (0, 0, 0, -length % size)).double().reshape(shape) for a in (log_f, x))
+    h, c = _closed_form_of_any_sign(f_blocks, x_blocks, floor)  # as if every block started from 0
+    ends = _scan(c[:, :, -1], h[:, :, -1], h0.double())  # (B, blocks, H), the true state after each block
+    h = h + c.exp() * torch.cat([h0.double().unsqueeze(1), ends[:, :-1]], dim=1).unsqueeze(2)
+    return h.reshape(batch_size, shape[1] * size, channels).narrow(1, 0, length).to(x.dtype)
 
 
 def _closed_form_of_any_sign(log_f: Tensor, x: Tensor, floor: float) -> tuple[Tensor, Tensor]:
@@ -291,14 +285,13 @@ def _scan(log_f: Tensor, x: Tensor, h0: Tensor) -> Tensor:
     """Odd-even scan of log gates and plain states: log2(T) levels, 2T work, no division, any sign.
 
     A plain gate near 1 has lost the digits of 1 - f, and a product of T of them collects the loss; a sum of logs not.
-    For a GPU torch.compile makes a single kernel of all levels.
     """
-    if x.is_cuda and COMPILES_SCANS and torch.compiler.is_dynamo_compiling():
-        from torch._higher_order_ops import associative_scan  # a prototype, so not public yet
-
-        c, h = associative_scan(lambda a, b: (a[0] + b[0], b[0].exp() * a[1] + b[1]), (log_f, x), dim=1)
-        return h + c.exp() * h0.unsqueeze(1)
     h = torch.cat([(x[:, 0] + log_f[:, 0].exp() * h0).unsqueeze(1), x[:, 1:]], dim=1)
+    if x.is_cuda and COMPILES_SCANS and torch.compiler.is_dynamo_compiling():
+        from torch._higher_order_ops import associative_scan  # a prototype: not public yet
+
+        if all(map(torch.fx.experimental.symbolic_shapes.has_static_value, x.shape)):  # then it is one kernel
+            return associative_scan(lambda a, b: (a[0] + b[0], b[0].exp() * a[1] + b[1]), (log_f, h), dim=1)[1]
     scan_in_place(h, log_f[:, 1:])
     return h
 
@@ -311,10 +304,10 @@ def scan_in_place(h: Tensor, link: Tensor) -> None:
     length = h.shape[1]
     if length > 1:
         odd, to_odd, to_even = h[:, 1::2], link[:, 0::2], link[:, 1::2]
-        gates = link.exp()
-        odd.addcmul_(gates[:, 0::2], h[:, : length - 1 : 2])
+        odd.addcmul_(to_odd.exp(), h[:, : length - 1 : 2])
         scan_in_place(odd, to_odd[:, 1:] + to_even[:, : to_odd.shape[1] - 1])
-        h[:, 2::2].addcmul_(gates[:, 1::2], h[:, 1 : length - 1 : 2])  # the even steps, each from the odd one before it
+    if length > 2:  # the even steps follow, each from the odd one before it
+        h[:, 2::2].addcmul_(to_even.exp(), h[:, 1 : length - 1 : 2])
 
 
 # --- the derivative, one for all methods -----------------------------------------------------------------------------
@@ -328,8 +321,9 @@ class _Pool(torch.autograd.Function):
 
     @staticmethod
     def forward(log_f: Tensor, x: Tensor, h0: Tensor, keep: Tensor | None, method: str, size: int, floor: float):
-        if method == "log":
-            h = _closed(log_f, x, h0, floor)
+        if method == "log":  # h0 enters as exp(c_t) h0, which needs no sign
+            h, c = _closed_form_of_any_sign(log_f, x, floor)
+            h = h + c.exp() * h0.unsqueeze(1)
         elif method == "blocked":
             h = _blocked(log_f, x, h0, floor, size)
         else:
@@ -376,12 +370,8 @@ def _recurrence(log_f, x, h0, method: str, block_size: int = 64, floor: float = 
         return x * log_f + h0.unsqueeze(1)  # empty, and still a function of all three
     if torch.jit.is_tracing():  # the older exporters lose writes in place, and cannot save a derivative of one's own
         return _hold(_loop(log_f, x, h0), h0, keep)
-    if method == "auto":  # see `pool`
-        eager = x.is_cuda and not (torch.compiler.is_compiling() or torch.are_deterministic_algorithms_enabled())
-        few = x.shape[1] <= 128 and x.numel() <= 2**22
-        method, block_size = ("blocked", 128) if eager and few else ("scan", block_size)
     function = _Pool if torch.compiler.is_compiling() else _PoolForwardMode
-    return function.apply(log_f, x, h0, keep, method, block_size, floor)
+    return function.apply(log_f, x, h0, keep, "scan" if method == "auto" else method, block_size, floor)
 
 
 def _hold(h: Tensor, h0: Tensor, keep: Tensor | None) -> Tensor:

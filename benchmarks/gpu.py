@@ -9,6 +9,7 @@ row that says why. All steps but `bradbury` and `more` need no package but PyTor
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import math
 import multiprocessing
@@ -19,7 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -335,44 +336,64 @@ def part_of(training: bool) -> str:
     return "training" if training else "inference"
 
 
-def grid_rows(length: int, training: bool, tf32: bool, compiled: bool, plan: Plan, device: str) -> Iterable[Row]:
-    """Compare the layers at all batch sizes of a length."""
-    allow_tf32(tf32)
-    torch.compiler.reset()
+def cell_calls(
+    length: int, training: bool, plan: Plan, device: str, compiled: bool, rows: list[Row], **labels: object
+) -> Iterable[tuple[Row, dict[tuple[str, str], Call]]]:
+    """Prepare the layers at all batch sizes of a length. What cannot be is a row that says why."""
     layers = {name: layer(name, plan.width, device).train(training) for name in LAYERS}
-    if compiled:
-        layers |= {
-            name: cast(nn.Module, torch.compile(module, backend=plan.backend))
-            for name, module in layers.items()
-            if name != "LSTM"
-        }
+    fixed_sizes = cast(nn.Module, torch.compile(layers["QRNN"], dynamic=False, backend=plan.backend))
     for batch in plan.batches:
         x = torch.randn(batch, length, plan.width, device=device)
-        if compiled:
-            torch._dynamo.mark_dynamic(x, 0)  # one compilation for all batch sizes
-        cell = {"B": batch, "T": length, "H": plan.width, "part": part_of(training), "tf32": tf32}
+        cell: Row = {"B": batch, "T": length, "H": plan.width, "part": part_of(training), **labels}
         calls: dict[tuple[str, str], Call] = {}
         for name, module in layers.items():
-            call = layer_call(module, x, training)
-            for form, make in forms_of(call, compiled and name != "LSTM", device).items():
+            forms = forms_of(layer_call(module, x, training), False, device)
+            if compiled and name != "LSTM":  # the compiler leaves cuDNN's LSTM as it is
+                forms |= forms_of(layer_call(fixed_sizes, x, training), True, device)
+            for form, make in forms.items():
                 try:
-                    made = make()
-                    made()
-                    calls[name, form] = made
+                    call = make()
+                    call()
+                    calls[name, form] = call
                 except Exception as error:  # compilers: anything can go wrong
-                    yield cell | {"what": name, "form": form, "skipped": one_line(error)}
+                    rows.append(cell | {"what": name, "form": form, "skipped": one_line(error)})
+        yield cell, calls
+
+
+def grid_rows(plan: Plan, device: str, lock: Path, task: tuple[int, bool]) -> list[Row]:
+    """Compare the layers at a length, first with TF32. Compile at once, and wait for the GPU to measure."""
+    rows: list[Row] = []
+    allow_tf32(True)
+    prepared = list(cell_calls(*task, plan, device, True, rows, tf32=True))
+    with lock.open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        rows += measured_cells(prepared, plan)
+        prepared.clear()
+        allow_tf32(False)
+        rows += measured_cells(cell_calls(*task, plan, device, False, rows, tf32=False), plan)
+    return rows
+
+
+def measured_cells(cells: Iterable[tuple[Row, dict[tuple[str, str], Call]]], plan: Plan) -> list[Row]:
+    rows = []
+    for cell, calls in cells:
         for row in speed_rows(interleaved(calls, plan.cell_budget), **cell):
             name, form = row["what"]
-            yield row | {"what": name, "form": form}
+            rows.append(row | {"what": name, "form": form})
+    return rows
 
 
 def fig4(plan: Plan, device: str, record: Record) -> None:
-    for tf32, compiled in product((True, False), (False, True)):
-        for length in plan.lengths:
-            for training in (False, True):
-                for row in grid_rows(length, training, tf32, compiled, plan, device):
-                    record.add("rows", [row])
-            print(f"fig4: T = {length}, TF32 {tf32}{', compiled' if compiled else ''}", flush=True)
+    """Each length and part has a process: all compile at once, and measure one after the other."""
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
+    work = partial(grid_rows, plan, device, record.path.with_name("gpu.lock"))
+    tasks = list(product(plan.lengths, (False, True)))
+    with multiprocessing.get_context("spawn").Pool(len(tasks)) as pool:
+        for rows in pool.imap_unordered(work, tasks):
+            record.add("rows", rows)
+            print(f"fig4: T = {rows[0]['T']}, {rows[0]['part']}", flush=True)
+        pool.close()
+        pool.join()
 
 
 # --- step 1: the tests, while other cores fill the compiler's cache --------------------------------------------------
@@ -405,13 +426,6 @@ def compile_method(plan: Plan, device: str, shape: Shape, name: str) -> None:
         pooling_call(compile_way(WAYS[name], plan), problem_of(shape, device), backward)()
 
 
-def compile_cells(plan: Plan, device: str, length: int, training: bool) -> None:
-    for tf32 in (True, False):
-        for row in grid_rows(length, training, tf32, True, plan, device):
-            if "skipped" in row:
-                raise RuntimeError(row["skipped"])
-
-
 def compiled_row(task: tuple[str, Callable[[], None]]) -> Row:
     """Compile in a process of its own, and say how long that took."""
     name, work = task
@@ -424,8 +438,14 @@ def compiled_row(task: tuple[str, Callable[[], None]]) -> Row:
     return {"what": name, "seconds": time.perf_counter() - started}
 
 
-def compile_all(tasks: Iterable[tuple[str, Callable[[], None]]], record: Record) -> None:
+def compile_methods(plan: Plan, device: str, record: Record) -> None:
     """Fill the compiler's cache by many processes at once: one alone would take minutes."""
+    tasks = [
+        (f"{name} {shape}", partial(compile_method, plan, device, shape, name))
+        for shape in plan.shapes
+        for name in WAYS
+        if not_tried(name, shape[1], True, plan) is None
+    ]
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
     with multiprocessing.get_context("spawn").Pool(max(1, (os.cpu_count() or 1) - 4)) as pool:
         for row in pool.imap_unordered(compiled_row, tasks):
@@ -434,26 +454,7 @@ def compile_all(tasks: Iterable[tuple[str, Callable[[], None]]], record: Record)
         pool.join()
 
 
-def compile_methods(plan: Plan, device: str, record: Record) -> None:
-    tasks = [
-        (f"{name} {shape}", partial(compile_method, plan, device, shape, name))
-        for shape in plan.shapes
-        for name in WAYS
-        if not_tried(name, shape[1], True, plan) is None
-    ]
-    compile_all(tasks, record)
-
-
-def compile_layers(plan: Plan, device: str, record: Record) -> None:
-    small = replace(plan, batches=plan.batches[:1], cell_budget=0.0)  # the batch size is dynamic
-    tasks = [
-        (f"T = {length}, {part_of(training)}", partial(compile_cells, small, device, length, training))
-        for length, training in product(plan.lengths, (False, True))
-    ]
-    compile_all(tasks, record)
-
-
-# --- steps 4 and 5: language models ----------------------------------------------------------------------------------
+# --- steps 3 and 4: language models ----------------------------------------------------------------------------------
 
 
 def train(runs: dict[str, list[str]], data: Path, seconds: float, device: str, record: Record) -> None:
@@ -569,7 +570,7 @@ def count(shape: Shape, name: str, backward: bool) -> tuple[int, float]:
 
 # --- the command line ------------------------------------------------------------------------------------------------
 
-MEASURED = {step.__name__: step for step in (compile_methods, tests, methods, compile_layers, fig4)}
+MEASURED = {step.__name__: step for step in (compile_methods, tests, methods, fig4)}
 TRAINED = {step.__name__: step for step in (bradbury, more)}
 
 

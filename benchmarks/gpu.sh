@@ -3,25 +3,24 @@
 #
 #     COMMIT=$(git rev-parse HEAD) benchmarks/gpu.sh OUT [DATA [STEP...]]
 #
-# OUT   gets a JSON file for each step, written anew after every comparison, and log.txt: eight files.
+# OUT   gets a JSON file for each step, written anew after every comparison, and log.txt.
 # DATA  holds ptb/ and wikitext-2/ (default: data). Without it no model is trained.
-# STEP  of 1 2 3 4 5 (default: all). Where a command may run ten minutes only: "1 2", then "3 4 5".
+# STEP  of 1 2 3 4 (default: all). Where a command may run ten minutes only: "1 2", then "3 4".
 #
 #   1  at most  75 s  tests/library/test_cuda.py; beside it, the other cores fill the compiler's cache
 #   2          150 s  which way to pool should be "auto": time, memory and error of each, eager, compiled, as a graph
-#   3          330 s  `bradbury` on the Penn Treebank, both models at once; beside it, the compiler's cache for step 4
-#   4          150 s  Fig. 4 of the paper: 30 cells, inference and training, over cuDNN's LSTM; TF32 on, then off
-#   5          150 s  speed of training steps of `girrbach` and `small`, float32 and bf16; `small` on WikiText-2, both ways
+#   3          450 s  `bradbury` on the Penn Treebank, both models at once; beside it, layers are compiled for Fig. 4 of
+#                     the paper: 30 cells, inference and training, over cuDNN's LSTM, measured once the GPU is free
+#   4          150 s  speed of training steps of `girrbach` and `small`, float32 and bf16; `small` on WikiText-2, both ways
 #
-# That is 14 minutes and 15 seconds. A step that fails or takes too long stops no other. Variables:
+# That is 13 minutes and 45 seconds. A step that fails or takes too long stops no other. Variables:
 #   PYTHON   the interpreter (python3)
-#   METHOD   of pooling where models are trained (auto): the fastest one, once step 2 has told it
-#   SECONDS_TO_TRAIN  after which `bradbury` is stopped (285)
+#   METHOD   of pooling where models are trained (auto)
 #   COMMIT   for the record, where this is a copy of the project without its history
 #
 # Packages: all steps need PyTorch (2.6 or later; written for 2.11 on Python 3.12 and newer), step 1 also pytest.
-# The steps 3 and 5 need accelerate, filelock, matplotlib, safetensors, tokenizers, tqdm, tyro, with what tyro needs
-# (docstring_parser, typeguard, typing_extensions), and step 5 pandas with tabulate. What is missing goes along as
+# The steps 3 and 4 need accelerate, filelock, matplotlib, safetensors, tokenizers, tqdm, tyro, with what tyro needs
+# (docstring_parser, typeguard, typing_extensions), and step 4 pandas with tabulate. What is missing goes along as
 # wheels: `pip download` them, for that Python, where there is a network, `pip install --target` here, and set
 # PYTHONPATH. All but matplotlib, pandas, safetensors and tokenizers are pure Python.
 set -u
@@ -34,7 +33,7 @@ mkdir -p "$1" || exit 2
 out=$(cd "$1" && pwd)
 data=$(realpath -m "${2:-data}")
 shift $(($# < 2 ? $# : 2))
-steps=${*:-1 2 3 4 5}
+steps=${*:-1 2 3 4}
 device=${DEVICE:-cuda}
 cd "$(dirname "$0")/.." || exit 2
 export PYTHONUNBUFFERED=1 OMP_NUM_THREADS=2
@@ -57,12 +56,15 @@ for number in $steps; do
         ;;
     2) step 150 methods ;;
     3)
-        step 330 compile_layers &
-        step 330 bradbury --data "$data" --seconds "${SECONDS_TO_TRAIN:-285}"
+        (
+            flock 9
+            step 360 bradbury --data "$data" --seconds 320
+        ) 9>"$out/gpu.lock" &
+        step 450 fig4
         wait $!
+        rm "$out/gpu.lock"
         ;;
-    4) step 150 fig4 ;;
-    5) step 150 more --data "$data" --seconds 75 ;;
-    *) echo "no step $number: 1 to 5 expected" >&2 ;;
+    4) step 150 more --data "$data" --seconds 75 ;;
+    *) echo "no step $number: 1 to 4 expected" >&2 ;;
     esac
 done 2>&1 | tee -a "$out/log.txt"
