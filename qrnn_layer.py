@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-COMPILES_SCANS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 11)  # on a GPU; seen to work there
+COMPILES_SCANS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 11)  # on a GPU, where all sizes are fixed
 METHODS = ("loop", "log", "blocked", "scan")
 MODES = {"f": 2, "fo": 3, "ifo": 4}  # mode -> blocks of the projection, in the order z, f, [i], [o]
 GAINS = {"f": 2, "fo": 4, "ifo": 4}  # of the initial weights of z, see `reset_parameters`
@@ -42,7 +42,6 @@ def closed_form(log_f: Tensor, log_x: Tensor) -> tuple[Tensor, Tensor]:
     return log_h, c
 
 
-# --- the layer -------------------------------------------------------------------------------------------------------
 class QRNNState(NamedTuple):
     """Hold everything a QRNN layer remembers between two calls."""
 
@@ -213,11 +212,11 @@ def pool(
         h0: (B, H), same dtype and device, any sign: the state before the first step. Default: zeros.
         method, block_size: how to compute it. All give the same h and gradients up to rounding, and stay finite.
             "loop": the definition, step by step.
-            "log": `closed_form` of the whole sequence. Its error grows with T: relative, it is at most
-            4 eps (1 + log T + max |c_t| + max |log_x_t|), c_t the running sum of log_f. A gate of 0 counts as 1e-38.
+            "log": `closed_form` of the whole sequence, a gate of 0 as 1e-38. Its relative error grows with T: at most
+            4 eps (1 + log T + max |c_t| + max |log_x_t|) on a CPU, c_t the running sum of log_f; on a GPU more.
             "blocked": `closed_form` inside blocks of `block_size` steps, in float64: 1e-5 for any T.
             "scan": odd-even scan of log gates and plain states: 5e-6 for any T. Products of gates below 1e-38 are 0.
-            "auto": "scan", the fastest on a CPU; on CUDA "blocked", not measured yet, but "scan" if deterministic.
+            "auto": "scan", the fastest on a CPU, and compiled on a GPU as well: see benchmarks/gpu.md.
         check: also check values, which makes a GPU wait. Unchecked, log_f > 0, NaN and inf are computed as they stand.
     Returns h, (B, T, H), in the dtype of log_f. bfloat16 and float16 are pooled in float32 and cast back.
     Raises TypeError if an argument is no tensor, ShapeError if one does not fit, ValueError for a wrong value.
@@ -288,10 +287,9 @@ def _scan(log_f: Tensor, x: Tensor, h0: Tensor) -> Tensor:
     """
     h = torch.cat([(x[:, 0] + log_f[:, 0].exp() * h0).unsqueeze(1), x[:, 1:]], dim=1)
     if x.is_cuda and COMPILES_SCANS and torch.compiler.is_dynamo_compiling():
-        from torch._higher_order_ops import associative_scan  # a prototype: not public yet
-
-        if all(map(torch.fx.experimental.symbolic_shapes.has_static_value, x.shape)):  # then it is one kernel
-            return associative_scan(lambda a, b: (a[0] + b[0], b[0].exp() * a[1] + b[1]), (log_f, h), dim=1)[1]
+        scan = torch._higher_order_ops.associative_scan  # a prototype, so not public yet; makes one kernel
+        if all(map(torch.fx.experimental.symbolic_shapes.has_static_value, x.shape)):
+            return scan(lambda a, b: (a[0] + b[0], b[0].exp() * a[1] + b[1]), (log_f, h), dim=1)[1]
     scan_in_place(h, log_f[:, 1:])
     return h
 
@@ -310,7 +308,6 @@ def scan_in_place(h: Tensor, link: Tensor) -> None:
         h[:, 2::2].addcmul_(to_even.exp(), h[:, 1 : length - 1 : 2])
 
 
-# --- the derivative, one for all methods -----------------------------------------------------------------------------
 class _Pool(torch.autograd.Function):
     """h_t = f_t h_{t-1} + x_t with its derived backward pass, the same recurrence run backwards in time.
 
@@ -342,8 +339,7 @@ class _Pool(torch.autograd.Function):
         log_f_next = torch.cat([log_f[:, :1], log_f[:, 1:].flip(1)], dim=1)  # log f_{t+1}, t running down from T
         delta = _recurrence(log_f_next, grad.flip(1), torch.zeros_like(h0), ctx.method, ctx.block_size).flip(1)
         f_delta = log_f.exp() * delta
-        h_before = torch.cat([h0.unsqueeze(1), h[:, :-1]], dim=1)
-        return f_delta * h_before, delta, f_delta[:, 0], None, None, None, None
+        return f_delta * torch.cat([h0.unsqueeze(1), h[:, :-1]], dim=1), delta, f_delta[:, 0], None, None, None, None
 
     @staticmethod
     def vmap(info, in_dims, *inputs):

@@ -70,8 +70,8 @@ class Record:
     def __init__(self, path: Path, device: str) -> None:
         self.path = path
         self.content: dict[str, Any] = {"provenance": provenance(seed=0, device=device)}
-        # a copy of the project without its history cannot tell its commit
-        self.content["provenance"]["commit"] = os.environ.get("COMMIT") or self.content["provenance"]["commit"]
+        if commit := os.environ.get("COMMIT"):  # a copy of the project without its history cannot tell
+            self.content["provenance"] |= {"commit": commit.removesuffix("-dirty"), "dirty": commit.endswith("-dirty")}
         self.add("rows", [])
 
     def add(self, table: str, rows: Iterable[Row]) -> None:

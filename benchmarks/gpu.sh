@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that waits for a GPU, in one command, without a network:
 #
-#     COMMIT=$(git rev-parse HEAD) benchmarks/gpu.sh OUT [DATA [STEP...]]
+#     COMMIT=$(git describe --always --dirty) benchmarks/gpu.sh OUT [DATA [STEP...]]
 #
 # OUT   gets a JSON file for each step, written anew after every comparison, and log.txt.
 # DATA  holds ptb/ and wikitext-2/ (default: data). Without it no model is trained.

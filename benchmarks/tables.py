@@ -299,7 +299,7 @@ def gpu() -> str:
     try:
         Benchmark("cuda")
     except NotMeasured:
-        return f"Nothing here has been measured on a GPU yet: `{COMMAND} --device cuda` does it."
+        return f"Of the tables above, none is measured on a GPU yet: `{COMMAND} --device cuda` does it."
     return "\n\n".join(block(made, "cuda") for made in (*TABLES.values(), paper_grid))
 
 

@@ -9,14 +9,15 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from benchmarks import gpu_tables
 from benchmarks import tables as benchmark_tables
 from lab.checkpoint import write_file
 from research import comparison, tables
 from research.figures import draw_all
 
 ROOT = Path(__file__).parents[1]
-PAGES = tuple(ROOT / page for page in ("README.md", "research/README.md", "benchmarks/README.md"))
-BLOCKS: dict[str, Callable[[], str]] = tables.BLOCKS | comparison.BLOCKS | benchmark_tables.BLOCKS
+PAGES = tuple(ROOT / page for page in ("README.md", "research/README.md", "benchmarks/README.md", "benchmarks/gpu.md"))
+BLOCKS: dict[str, Callable[[], str]] = tables.BLOCKS | comparison.BLOCKS | benchmark_tables.BLOCKS | gpu_tables.BLOCKS
 BLOCK = re.compile(r"(<!-- begin (?P<name>[^>]*?) -->)(?P<before>.*?)(<!-- end (?P=name) -->)", re.DOTALL)
 
 

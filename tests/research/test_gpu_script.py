@@ -144,9 +144,11 @@ def test_without_data_the_training_is_skipped_with_a_line(tmp_path, capsys):
 
 
 def test_the_commit_can_be_told(tmp_path, monkeypatch):
-    monkeypatch.setenv("COMMIT", "0123")
-    Record(tmp_path / "a.json", "cpu")
-    assert json.loads((tmp_path / "a.json").read_text())["provenance"]["commit"] == "0123"
+    for told, commit, dirty in (("0123", "0123", False), ("0123-dirty", "0123", True)):
+        monkeypatch.setenv("COMMIT", told)
+        Record(tmp_path / "a.json", "cpu")
+        provenance = json.loads((tmp_path / "a.json").read_text())["provenance"]
+        assert (provenance["commit"], provenance["dirty"]) == (commit, dirty)
 
 
 # --- the count on paper, as benchmarks/gpu.md has it -----------------------------------------------------------------

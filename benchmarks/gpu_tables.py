@@ -1,0 +1,154 @@
+"""The tables of benchmarks/gpu.md, made from research/results/gpu-*.json, which benchmarks/gpu.sh writes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pandas as pd
+from pandas import DataFrame, Series
+
+from benchmarks.record import RESULTS, markdown, source, wide
+from benchmarks.tables import PAPER, PAPER_LENGTHS
+
+FORMS = ("eager", "eager, graph", "compiled", "compiled, graph")
+COMPARED = {  # name -> form of the LSTM, form of the QRNN
+    "eager": ("eager", "eager"),
+    "compiled": ("eager", "compiled"),  # the compiler leaves nn.LSTM as it is
+    "graph": ("eager, graph", "compiled, graph"),
+}
+POINTWISE = "torch.associative_scan, pointwise"
+BYTES = {"copy": 8, POINTWISE: 12}  # a number, that a pass from log f and x to h moves at least
+
+
+def content(name: str) -> dict[str, Any]:
+    return json.loads((RESULTS / f"gpu-{name}.json").read_text())
+
+
+def frame(name: str, table: str = "rows", **labels: object) -> DataFrame:
+    """Return the rows of a file that have these labels, skipped ones included."""
+    rows = DataFrame(content(name)[table])
+    for label, value in labels.items():
+        rows = rows[rows[label] == value]
+    return rows
+
+
+def origin(name: str) -> str:
+    return source(f"gpu-{name}.json", content(name)["provenance"])
+
+
+# --- pooling ---------------------------------------------------------------------------------------------------------
+
+
+def limits() -> str:
+    """What the machine can do."""
+    rows = frame("methods", "limits").set_index("what")
+    rate, launch = rows["tflop_per_s"], rows["us_a_launch"]
+    products = ", ".join(f"{rate[f'matrix product, {kind}']:.0f} in {kind}" for kind in ("float32", "TF32", "bfloat16"))
+    return (
+        f"A copy moves {rows.loc['copy', 'gb_per_s'] / 1000:.1f} TB/s. A launch takes {launch['launches']:.1f} us from "
+        f"Python and {launch['launches, graph']:.1f} us inside a CUDA graph. Matrix products, TFLOP/s: {products}."
+    )
+
+
+def pooling(part: str) -> str:
+    """Microseconds of each way to pool, in all forms, and the largest error in any of them."""
+    rows = frame("methods", part=part)
+    order = rows["what"].unique()
+    shapes = list(zip(*(rows[letter] for letter in "BTH"), strict=True))
+    rows = rows.assign(shape=shapes, us=(1e3 * rows["ms"]).map("{:,.0f}".format, na_action="ignore"))
+    cells = rows.pivot_table(index=["what", "shape"], columns="form", values="us", aggfunc="first")
+    cells = cells.reindex(columns=list(FORMS))
+    alone = cells[list(FORMS[1:])].isna().all(axis="columns")
+    lines = cells.fillna("-").agg(" / ".join, axis=1).where(~alone, cells["eager"]).unstack("shape")
+    lines = lines[list(dict.fromkeys(shapes))].loc[[name for name in order if name in lines.index]]
+    errors = rows.dropna(subset="errors")
+    worst = errors["errors"].map(max).groupby(errors["what"]).max()
+    lines["largest error"] = worst.map("{:.0e}".format)
+    return wide(lines, f"{part}, us: {' / '.join(FORMS)}", str)
+
+
+def not_run() -> str:
+    """Why there is no number."""
+    rows = frame("methods").dropna(subset="skipped")
+    rows = rows[rows["form"].isna() | ~rows["form"].fillna("").str.contains("graph")]
+    reasons = rows.groupby("skipped", sort=False)["what"].unique()
+    return " ".join(f"{reason}: {', '.join(names)}." for reason, names in reasons.items())
+
+
+def bandwidth() -> str:
+    """How far the compiled scan is from a copy, for a sentence."""
+    rows = frame("methods", part="forward", B=32, T=512)
+    copy = rows[rows["what"] == "copy"]["ms"].min()
+    scan = rows[(rows["what"] == POINTWISE) & (rows["form"] == "compiled, graph")]["ms"].min()
+    share = BYTES[POINTWISE] * copy / (BYTES["copy"] * scan)
+    return f"{scan / copy:.1f} times as long as a copy, at {share:.0%} of its bandwidth"
+
+
+# --- Fig. 4 ----------------------------------------------------------------------------------------------------------
+
+
+def grids(part: str, tf32: bool = True) -> dict[str, DataFrame]:
+    """LSTM's time over the QRNN's, a row for each batch size and a column for each length."""
+    rows = frame("fig4", part=part, tf32=tf32)
+    times = {key: group.pivot(index="B", columns="T", values="ms") for key, group in rows.groupby(["what", "form"])}
+    pairs = COMPARED if tf32 else {"eager": COMPARED["eager"], "graph": ("eager, graph", "eager, graph")}
+    return {name: times["LSTM", lstm] / times["QRNN", qrnn] for name, (lstm, qrnn) in pairs.items()}
+
+
+def grid(part: str) -> str:
+    """All of these in one table; in inference the paper's own first."""
+    tables = grids(part)
+    if part == "inference":
+        paper = DataFrame.from_dict(PAPER, orient="index", columns=list(PAPER_LENGTHS), dtype=float)
+        tables = {"the paper": paper, **tables}
+    cells = pd.concat({name: table.map("{:.1f}".format) for name, table in tables.items()})
+    return wide(cells.groupby(level=1).agg(" / ".join), f"batch, {part} ({' / '.join(tables)})", "T = {:,}".format)
+
+
+def least(part: str, tf32: bool = True) -> str:
+    """The smallest ratio of each form, for a sentence."""
+    ranges = [f"{name} {table.min().min():.1f} to {table.max().max():.1f}" for name, table in grids(part, tf32).items()]
+    return ", ".join(ranges)
+
+
+# --- a language model ------------------------------------------------------------------------------------------------
+
+
+def bradbury() -> str:
+    """Both models, at the last epoch that both reached and at the best one of each."""
+    results = [row["result"] for row in content("bradbury")["rows"]]
+    both = min(len(result["epochs"]) for result in results)
+    lines = []
+    for result in results:
+        curve = Series({epoch["epoch"]: epoch["valid_perplexity"] for epoch in result["epochs"]})
+        best = result["best_epoch"]
+        lines.append(
+            {
+                "`bradbury`": f"{result['model'].upper()}, {result['hidden']} units",
+                f"validation, epoch {both}": f"{curve[both]:.1f}",
+                "best validation": f"{curve[best]:.1f}, epoch {best}",
+                "test there": f"{result['test_perplexity']:.2f}",
+                "words/s": f"{result['tokens_per_second']:,.0f}",
+            }
+        )
+    return markdown(DataFrame(lines))
+
+
+BLOCKS: dict[str, Callable[[], str]] = {
+    "gpu limits": limits,
+    "gpu forward": partial(pooling, "forward"),
+    "gpu forward and backward": partial(pooling, "forward + backward"),
+    "gpu not run": not_run,
+    "gpu bandwidth": bandwidth,
+    "gpu grid inference": partial(grid, "inference"),
+    "gpu grid training": partial(grid, "training"),
+    "gpu least inference": partial(least, "inference"),
+    "gpu least training": partial(least, "training"),
+    "gpu least inference, float32": partial(least, "inference", tf32=False),
+    "gpu least training, float32": partial(least, "training", tf32=False),
+    "gpu bradbury": bradbury,
+    **{f"gpu source {name}": partial(origin, name) for name in ("methods", "fig4", "bradbury")},
+}

@@ -1,0 +1,73 @@
+"""benchmarks/gpu.md says what research/results/gpu-*.json says; the pages' own test covers that it is up to date."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from benchmarks import gpu_tables
+from benchmarks.record import RESULTS
+
+MEASURED = pytest.mark.parametrize("name", ("methods", "fig4", "bradbury"))
+
+
+def rows(name: str, **labels: object) -> list[dict]:
+    found = json.loads((RESULTS / f"gpu-{name}.json").read_text())["rows"]
+    return [row for row in found if all(row.get(label) == value for label, value in labels.items())]
+
+
+def cells(table: str) -> list[list[str]]:
+    lines = [line for line in table.splitlines() if not line.startswith("|:")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+@MEASURED
+def test_a_record_says_where_it_comes_from_and_no_path_of_a_machine(name):
+    text = (RESULTS / f"gpu-{name}.json").read_text()
+    provenance = json.loads(text)["provenance"]
+    assert provenance["machine"]["gpu"] and provenance["command"].startswith("python -m benchmarks.gpu ")
+    assert not any(folder in text for folder in ("/home", "/root", "/tmp", "/opt", "/work"))
+
+
+@pytest.mark.parametrize("part", ("inference", "training"))
+def test_a_cell_of_the_grid_is_the_lstms_time_over_the_qrnns(part):
+    header, *lines = cells(gpu_tables.grid(part))
+    place = {name: column for column, name in enumerate(header)}
+    for batch, length in ((8, 32), (256, 256)):
+        found = rows("fig4", B=batch, T=length, part=part, tf32=True)
+        ms = {(row["what"], row["form"]): row["ms"] for row in found}
+        wanted = [
+            ms["LSTM", "eager"] / ms["QRNN", "eager"],
+            ms["LSTM", "eager"] / ms["QRNN", "compiled"],
+            ms["LSTM", "eager, graph"] / ms["QRNN", "compiled, graph"],
+        ]
+        (line,) = [line for line in lines if line[0] == str(batch)]
+        shown = line[place[f"T = {length}"]].split(" / ")
+        assert shown[-3:] == [f"{ratio:.1f}" for ratio in wanted]
+
+
+def test_the_papers_grid_stands_first_in_inference():
+    header, *lines = cells(gpu_tables.grid("inference"))
+    assert "the paper" in header[0] and lines[0][1].startswith("5.5 / ")
+    assert "the paper" not in cells(gpu_tables.grid("training"))[0][0]
+
+
+def test_every_way_to_pool_has_its_times_and_its_largest_error():
+    header, *lines = cells(gpu_tables.pooling("forward"))
+    found = rows("methods", part="forward", what="log")
+    (line,) = [line for line in lines if line[0] == "log"]
+    eager = {(row["B"], row["T"], row["H"]): row["ms"] for row in found if row["form"] == "eager"}
+    for shape, ms in eager.items():
+        assert line[header.index(str(shape))].startswith(f"{1e3 * ms:,.0f} / ")
+    assert line[-1] == f"{max(max(row['errors']) for row in found if 'errors' in row):.0e}"
+    assert line[header.index("(8, 512, 320)")].endswith(" / - / -")  # did not compile, and the page says why
+    assert "InductorError" in gpu_tables.not_run()
+
+
+def test_the_language_models_are_compared_at_the_same_epoch_too():
+    curves = {row["run"]: row["result"]["epochs"] for row in rows("bradbury")}
+    both = min(map(len, curves.values()))
+    header, *lines = cells(gpu_tables.bradbury())
+    assert header[1] == f"validation, epoch {both}"
+    assert [line[1] for line in lines] == [f"{curves[name][both - 1]['valid_perplexity']:.1f}" for name in curves]
