@@ -3,7 +3,7 @@
     python -m benchmarks.gpu STEP FOLDER
 
 Each step writes FOLDER/STEP.json, anew after every comparison: what is cut off loses little. What does not run leaves a
-row that says why. All steps but `bradbury` and `more` need no package but PyTorch (`tests`: and pytest).
+row that says why. All steps but `bradbury` and `training_steps` need no package but PyTorch (`tests`: and pytest).
 """
 
 from __future__ import annotations
@@ -505,26 +505,21 @@ def outcome(path: Path, data: Path, device: str) -> Row:
     return result | {"best_epoch": epoch} | task.judge(model, loss, test=True)
 
 
-def flags(preset: str, model: str, *others: str) -> list[str]:
-    """Of a run of experiment.py; METHOD names the way to pool, if it is not to be "auto"."""
-    method = os.environ.get("METHOD", "auto")
-    return ["--preset", preset, "--models", model, "--method", method, *others]
+def flags(preset: str, model: str) -> list[str]:
+    return ["--preset", preset, "--models", model]
 
 
 def bradbury(data: Path, seconds: float, device: str, record: Record) -> None:
     """The paper's language model on the Penn Treebank, both models at once."""
-    runs = {model: flags("bradbury", model) for model in ("qrnn", "lstm")}
-    train(runs, data, seconds, device, record)
+    train({model: flags("bradbury", model) for model in ("qrnn", "lstm")}, data, seconds, device, record)
 
 
-def more(data: Path, seconds: float, device: str, record: Record) -> None:
-    """Speed of training steps of `girrbach` and `small`, float32 and bf16; then `small` on WikiText-2, both ways."""
-    from benchmarks.measure import PLAN, experiment
+def training_steps(plan: Plan, device: str, record: Record) -> None:
+    """Speed of training steps of `girrbach` and `small`, float32 and bf16."""
+    from benchmarks.measure import PLAN as WHOLE
+    from benchmarks.measure import experiment
 
-    record.add("speed", experiment(PLAN, device, 1.0))
-    runs = {model: flags("small", model) for model in ("qrnn", "lstm")}
-    runs |= {f"{model}-bf16": flags("small", model, "--amp", "bf16") for model in ("qrnn", "lstm")}
-    train(runs, data, seconds, device, record)
+    record.add("rows", experiment(WHOLE, device, plan.budget))
 
 
 # --- the count on paper ----------------------------------------------------------------------------------------------
@@ -570,21 +565,22 @@ def count(shape: Shape, name: str, backward: bool) -> tuple[int, float]:
 
 # --- the command line ------------------------------------------------------------------------------------------------
 
-MEASURED = {step.__name__: step for step in (compile_methods, tests, methods, fig4)}
-TRAINED = {step.__name__: step for step in (bradbury, more)}
+MEASURED = {step.__name__: step for step in (compile_methods, tests, methods, fig4, training_steps)}
 
 
 def main(arguments: Sequence[str], plan: Plan = PLAN) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("step", choices=(*MEASURED, *TRAINED))
+    parser.add_argument("step", choices=(*MEASURED, bradbury.__name__))
     parser.add_argument("folder", type=Path, help="where STEP.json is written")
     parser.add_argument("--device", default="cuda", choices=("cpu", "cuda"))
-    parser.add_argument("--data", type=Path, default=Path("data"), help="folder that holds ptb/ and wikitext-2/ (data)")
+    parser.add_argument(
+        "--data", type=Path, default=Path("data"), help="folder that holds ptb/, the Penn Treebank (data)"
+    )
     parser.add_argument("--seconds", type=float, default=60.0, help="after which trainings are stopped (60)")
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: this machine has none that PyTorch can use; take cpu")
-    if options.step in TRAINED and not options.data.is_dir():
+    if options.step not in MEASURED and not options.data.is_dir():
         print(f"{options.step}: skipped, there is no folder {options.data}")
         return 0
     options.folder.mkdir(parents=True, exist_ok=True)
@@ -592,7 +588,7 @@ def main(arguments: Sequence[str], plan: Plan = PLAN) -> int:
     if options.step in MEASURED:
         MEASURED[options.step](plan, options.device, record)
     else:
-        TRAINED[options.step](options.data, options.seconds, options.device, record)
+        bradbury(options.data, options.seconds, options.device, record)
     return 0
 
 
