@@ -215,17 +215,6 @@ def test_deterministic_algorithms_work_and_repeat_to_the_bit():
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
-class Output(nn.Module):
-    """The output alone: `make_graphed_callables` wants tensors."""
-
-    def __init__(self, rnn: nn.Module) -> None:
-        super().__init__()
-        self.rnn = rnn
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.rnn(x)[0]
-
-
 @pytest.mark.parametrize("shape", ((8193, 4, 65_536), (1, 2**21 + 1, 1024)), ids=("wide", "long"))
 @pytest.mark.parametrize("method", ("scan", "loop", "blocked"))
 def test_more_than_two_to_the_31_numbers(method, shape):
@@ -270,6 +259,17 @@ def test_compiled(method):
     torch.testing.assert_close(compiled(x)[0], layer(x)[0], rtol=1e-4, atol=1e-5)
     for a, b in zip(torch.autograd.grad(compiled(x)[0].square().sum(), list(layer.parameters())), want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+
+
+class Output(nn.Module):
+    """The output alone: `make_graphed_callables` wants tensors."""
+
+    def __init__(self, rnn: nn.Module) -> None:
+        super().__init__()
+        self.rnn = rnn
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.rnn(x)[0]
 
 
 @every_method
