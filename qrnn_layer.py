@@ -215,8 +215,8 @@ def pool(
             "log": `closed_form` of the whole sequence, a gate of 0 as 1e-38. Its relative error grows with T: at most
             4 eps (1 + log T + max |c_t| + max |log_x_t|) on a CPU, c_t the running sum of log_f; on a GPU more.
             "blocked": `closed_form` inside blocks of `block_size` steps, in float64: 1e-5 for any T.
-            "scan": odd-even scan of log gates and plain states: 5e-6 for any T. Products of gates below 1e-38 are 0.
-            "auto": "scan", the fastest on a CPU, and compiled on a GPU as well: see benchmarks/gpu.md.
+            "scan": a scan of log gates and plain states: 5e-6 for any T. Products of gates below 1e-38 are 0.
+            "auto": "scan", the fastest on a CPU; and on a GPU if compiled for fixed sizes, with torch 2.11 or later.
         check: also check values, which makes a GPU wait. Unchecked, log_f > 0, NaN and inf are computed as they stand.
     Returns h, (B, T, H), in the dtype of log_f. bfloat16 and float16 are pooled in float32 and cast back.
     Raises TypeError if an argument is no tensor, ShapeError if one does not fit, ValueError for a wrong value.
@@ -286,9 +286,10 @@ def _scan(log_f: Tensor, x: Tensor, h0: Tensor) -> Tensor:
     A plain gate near 1 has lost the digits of 1 - f, and a product of T of them collects the loss; a sum of logs not.
     """
     h = torch.cat([(x[:, 0] + log_f[:, 0].exp() * h0).unsqueeze(1), x[:, 1:]], dim=1)
-    if x.is_cuda and COMPILES_SCANS and torch.compiler.is_dynamo_compiling():
-        scan = torch._higher_order_ops.associative_scan  # a prototype, so not public yet; makes one kernel
-        if all(map(torch.fx.experimental.symbolic_shapes.has_static_value, x.shape)):
+    if x.is_cuda and COMPILES_SCANS and torch.compiler.is_dynamo_compiling() and x.numel():
+        scan = torch._higher_order_ops.associative_scan  # a prototype: not public, and without rules for functorch
+        fixed = all(map(torch.fx.experimental.symbolic_shapes.has_static_value, x.shape))
+        if fixed and not torch._C._are_functorch_transforms_active():
             return scan(lambda a, b: (a[0] + b[0], b[0].exp() * a[1] + b[1]), (log_f, h), dim=1)[1]
     scan_in_place(h, log_f[:, 1:])
     return h
@@ -379,7 +380,6 @@ def _hold(h: Tensor, h0: Tensor, keep: Tensor | None) -> Tensor:
     return torch.cat([h0.unsqueeze(1), h], dim=1).take_along_dim(moved, dim=1)
 
 
-# --- the checks -------------------------------------------------------------------------------------------------------
 class ShapeError(ValueError, RuntimeError):
     """Tensors that do not fit, in shape, dtype or device. A RuntimeError too, which PyTorch's own layers raise then."""
 

@@ -23,6 +23,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, cast
@@ -361,10 +362,13 @@ def cell_calls(
 
 
 def grid_rows(plan: Plan, device: str, lock: Path, task: tuple[int, bool]) -> list[Row]:
-    """Compare the layers at a length, first with TF32. Compile at once, and wait for the GPU to measure."""
+    """Compare the layers at a length, first with TF32. Compile at once; measure when all have, and the GPU is free."""
     rows: list[Row] = []
     allow_tf32(True)
-    prepared = list(cell_calls(*task, plan, device, True, rows, tf32=True))
+    try:
+        prepared = list(cell_calls(*task, plan, device, True, rows, tf32=True))
+    finally:
+        ALL_PREPARED[0].wait()
     with lock.open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         rows += measured_cells(prepared, plan)
@@ -372,6 +376,13 @@ def grid_rows(plan: Plan, device: str, lock: Path, task: tuple[int, bool]) -> li
         allow_tf32(False)
         rows += measured_cells(cell_calls(*task, plan, device, False, rows, tf32=False), plan)
     return rows
+
+
+def grid_rows_or_why_not(plan: Plan, device: str, lock: Path, task: tuple[int, bool]) -> list[Row]:
+    try:
+        return grid_rows(plan, device, lock, task)
+    except Exception as error:  # too little memory, say: the other cells count
+        return [{"T": task[0], "H": plan.width, "part": part_of(task[1]), "what": "all", "skipped": one_line(error)}]
 
 
 def measured_cells(cells: Iterable[tuple[Row, dict[tuple[str, str], Call]]], plan: Plan) -> list[Row]:
@@ -383,17 +394,25 @@ def measured_cells(cells: Iterable[tuple[Row, dict[tuple[str, str], Call]]], pla
     return rows
 
 
+ALL_PREPARED: list[Barrier] = []  # one, which a process gets when it starts
+
+
+def meet_at(barrier: Barrier) -> None:
+    ALL_PREPARED.append(barrier)
+
+
 def fig4(plan: Plan, device: str, record: Record) -> None:
     """Each length and part has a process: all compile at once, and measure one after the other."""
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
-    work = partial(grid_rows, plan, device, record.path.with_name("gpu.lock"))
-    tasks = list(product(plan.lengths, (False, True)))
-    with multiprocessing.get_context("spawn").Pool(len(tasks)) as pool:
+    lock, tasks = record.path.with_name("gpu.lock"), list(product(plan.lengths, (False, True)))
+    work, context = partial(grid_rows_or_why_not, plan, device, lock), multiprocessing.get_context("spawn")
+    with context.Pool(len(tasks), meet_at, (context.Barrier(len(tasks)),)) as pool:
         for rows in pool.imap_unordered(work, tasks):
             record.add("rows", rows)
             print(f"fig4: T = {rows[0]['T']}, {rows[0]['part']}", flush=True)
         pool.close()
         pool.join()
+    lock.unlink(missing_ok=True)
 
 
 # --- step 1: the tests, while other cores fill the compiler's cache --------------------------------------------------

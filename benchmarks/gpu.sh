@@ -55,13 +55,13 @@ for number in $steps; do
         ;;
     2) step 150 methods ;;
     3)
-        (
-            flock 9
-            step 500 bradbury --data "$data" --seconds 470
-        ) 9>"$out/gpu.lock" &
+        exec 9>"$out/gpu.lock"
+        flock 9
+        step 500 bradbury --data "$data" --seconds 470 &
+        exec 9>&- # so the training alone holds the lock
         step 580 fig4
         wait $!
-        rm "$out/gpu.lock"
+        rm -f "$out/gpu.lock"
         ;;
     4) step 75 training_steps ;;
     *) echo "no step $number: 1 to 4 expected" >&2 ;;

@@ -71,11 +71,13 @@ def pooling(part: str) -> str:
 
 
 def not_run() -> str:
-    """Why there is no number."""
+    """Which ways have no number at some shape, and why."""
     rows = frame("methods").dropna(subset="skipped")
-    rows = rows[rows["form"].isna() | ~rows["form"].fillna("").str.contains("graph")]
-    reasons = rows.groupby("skipped", sort=False)["what"].unique()
-    return " ".join(f"{reason}: {', '.join(names)}." for reason, names in reasons.items())
+    rows = rows[~rows["form"].fillna("").str.contains("graph")].drop_duplicates(["what", "T", "skipped"])
+    reasons = rows.groupby(["what", "skipped"], sort=False)["T"].agg(
+        lambda lengths: ", ".join(map("{:,}".format, lengths))
+    )
+    return "\n".join(f"- {what}, T = {lengths}: {reason}." for (what, reason), lengths in reasons.items())
 
 
 def bandwidth() -> str:
@@ -108,10 +110,10 @@ def grid(part: str) -> str:
     return wide(cells.groupby(level=1).agg(" / ".join), f"batch, {part} ({' / '.join(tables)})", "T = {:,}".format)
 
 
-def least(part: str, tf32: bool = True) -> str:
-    """The smallest ratio of each form, for a sentence."""
-    ranges = [f"{name} {table.min().min():.1f} to {table.max().max():.1f}" for name, table in grids(part, tf32).items()]
-    return ", ".join(ranges)
+def ranges(part: str, tf32: bool = True) -> str:
+    """The smallest and the largest ratio of each form, for a sentence."""
+    spans = [f"{name} {table.min().min():.1f} to {table.max().max():.1f}" for name, table in grids(part, tf32).items()]
+    return ", ".join(spans)
 
 
 # --- a language model ------------------------------------------------------------------------------------------------
@@ -145,10 +147,10 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "gpu bandwidth": bandwidth,
     "gpu grid inference": partial(grid, "inference"),
     "gpu grid training": partial(grid, "training"),
-    "gpu least inference": partial(least, "inference"),
-    "gpu least training": partial(least, "training"),
-    "gpu least inference, float32": partial(least, "inference", tf32=False),
-    "gpu least training, float32": partial(least, "training", tf32=False),
+    "gpu ranges inference": partial(ranges, "inference"),
+    "gpu ranges training": partial(ranges, "training"),
+    "gpu ranges inference, float32": partial(ranges, "inference", tf32=False),
+    "gpu ranges training, float32": partial(ranges, "training", tf32=False),
     "gpu bradbury": bradbury,
     **{f"gpu source {name}": partial(origin, name) for name in ("methods", "fig4", "bradbury")},
 }

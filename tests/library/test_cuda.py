@@ -250,6 +250,23 @@ def test_compiled_scans_pair_logs():
     assert ((got - want).abs() / want).max() <= 1e-5
 
 
+@pytest.mark.parametrize("shape", ((0, 5, 3), (2, 1, 3), (2, 5, 0)))
+def test_compiled_at_the_edges(shape):
+    log_f, log_x = (torch.rand(shape, device=DEVICE).neg_() for _ in range(2))
+    compiled = torch.compile(lambda log_f, log_x: pool(log_f, log_x, method="scan"), fullgraph=True, dynamic=False)
+    torch.testing.assert_close(compiled(log_f, log_x), pool(log_f, log_x, method="loop"), rtol=1e-5, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+def test_compiled_with_functorch():
+    """PyTorch's scan has no rules for vmap and grad, so it is not used there."""
+    log_f, log_x = (torch.rand(4, 2, 5, 3, device=DEVICE).neg_() for _ in range(2))
+    vmapped = torch.vmap(lambda log_f, log_x: pool(log_f, log_x, method="scan"))
+    torch.testing.assert_close(torch.compile(vmapped, dynamic=False)(log_f, log_x), vmapped(log_f, log_x))
+    slope = torch.func.grad(lambda log_f: pool(log_f, log_x[0], method="scan").sum())
+    torch.testing.assert_close(torch.compile(slope, dynamic=False)(log_f[0]), slope(log_f[0]))
+
+
 @every_method
 def test_compiled(method):
     torch.manual_seed(0)
