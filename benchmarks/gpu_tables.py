@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 from pandas import DataFrame, Series
 
-from benchmarks.record import RESULTS, markdown, source, wide
+from benchmarks.record import RESULTS, markdown, source, span, wide
 from benchmarks.tables import PAPER, PAPER_LENGTHS
 
 FORMS = ("eager", "eager, graph", "compiled", "compiled, graph")
@@ -116,6 +116,15 @@ def ranges(part: str, tf32: bool = True) -> str:
     return ", ".join(spans)
 
 
+def readme_speed() -> str:
+    """The same ranges as a table."""
+    parts = {
+        part: {name: span(table.stack()) for name, table in grids(part).items()} for part in ("inference", "training")
+    }
+    machine, width = content("fig4")["provenance"]["machine"]["gpu"], frame("fig4")["H"].iloc[0]
+    return wide(DataFrame(parts).T, f"times as fast as cuDNN's LSTM, {width} units, {machine}")
+
+
 # --- a language model ------------------------------------------------------------------------------------------------
 
 
@@ -151,6 +160,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "gpu ranges training": partial(ranges, "training"),
     "gpu ranges inference, float32": partial(ranges, "inference", tf32=False),
     "gpu ranges training, float32": partial(ranges, "training", tf32=False),
+    "readme gpu": readme_speed,
     "gpu bradbury": bradbury,
     **{f"gpu source {name}": partial(origin, name) for name in ("methods", "fig4", "bradbury")},
 }
