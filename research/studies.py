@@ -11,6 +11,7 @@ tuned         three seeds with the settings that research/tune.py found; 1 h
 numerics      the plain closed form left to autograd beside `scan`; 1/4 h
 ptb           both models on the Penn Treebank as one stream, 15 epochs; 1 h
 ptb_scaled    the same with today's initial weights, three seeds; 3 h
+ptb_skip      the models of ptb_scaled with a skip connection round their second layer; 3 h
 ptb_short     as ptb with more forms of the QRNN, 3 epochs; 1/2 h
 wikitext2     both models on WikiText-2 as one stream with all its words; 1 1/2 h
 first_kernel  the QRNN of seeds with a first layer that sees one word, three seeds; 1/2 h
@@ -160,11 +161,18 @@ def ptb() -> Jobs:
     return {label: Job(f"{flags} {model}") for model, label in NAMES.items()}
 
 
-def ptb_scaled() -> Jobs:
+def ptb_scaled(module: str = "experiment") -> Jobs:
     """The same with today's initial weights and a QRNN whose first layer sees one word, three seeds."""
     flags = f"{PTB} --epochs 15 --initialisation scaled --models"
     models = {"qrnn": f"qrnn --first-kernel-size 1 --hidden {PTB_WIDTH}", "lstm": "lstm --hidden 309"}
-    return {f"{NAMES[model]}, seed {seed}": Job(f"{flags} {models[model]} --seed {seed}") for seed, model in SEEDED}
+    return {
+        f"{NAMES[model]}, seed {seed}": Job(f"{flags} {models[model]} --seed {seed}", module) for seed, model in SEEDED
+    }
+
+
+def ptb_skip() -> Jobs:
+    """Both models with what helped both in `ptb_quarter`."""
+    return ptb_scaled("research.variants skip")
 
 
 def ptb_short() -> Jobs:
@@ -303,6 +311,7 @@ STUDIES: dict[str, Callable[[], Jobs]] = {
         numerics,
         ptb,
         ptb_scaled,
+        ptb_skip,
         ptb_short,
         wikitext2,
         first_kernel,
