@@ -149,7 +149,6 @@ COMPARISONS: dict[str, Callable[[], Compared | None]] = {
     "WikiText-2, one stream, perplexity": test_perplexities("wikitext2"),
     "Penn Treebank, one stream, perplexity": test_perplexities("ptb"),
     "Penn Treebank, one stream, larger initial weights": test_perplexities("ptb_scaled"),
-    "Penn Treebank, one stream, with skip connections": test_perplexities("ptb_skip"),
     "translation of Multi30k, BLEU": translations,
     "film reviews, accuracy in %": reviews,
     "film reviews, all folds, accuracy in %": reviews_in_folds,

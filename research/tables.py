@@ -209,7 +209,7 @@ STUDIES: dict[str, Callable[[DataFrame], str]] = {
     "numerics": partial(study, first="pieces of T words", scores=ALL),
     "ptb": partial(study, first="model", scores=ALL),
     "ptb_scaled": seeds,
-    "ptb_skip": seeds,
+    "ptb_changes": partial(study, first="model", scores=ALL, by_value=True),
     "ptb_short": partial(study, first="model"),
     "wikitext2": partial(study, first="model", scores=ALL),
     "first_kernel": first_kernel,

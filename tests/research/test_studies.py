@@ -72,7 +72,9 @@ def test_the_lstm_on_the_penn_treebank_has_256_units():
     assert build_model(config, "lstm", vocabulary=10).hidden == 256
 
 
-@pytest.mark.parametrize("study", ["ablation", "longer", "ptb", "ptb_short", "wikitext2", "candidates", "ptb_quarter"])
+@pytest.mark.parametrize(
+    "study", ["ablation", "longer", "ptb", "ptb_short", "wikitext2", "candidates", "ptb_quarter", "ptb_changes"]
+)
 def test_compared_models_have_as_many_recurrent_parameters(study):
     configs = [run.config for run in STUDIES[study]().values()]
     counts = [count_parameters(build_model(config, *config.models, vocabulary=10).rnn) for config in configs]
