@@ -158,7 +158,7 @@ def contents(body: str) -> str:
     lines = (
         f'<li class="level-{level}"><a href="#{name}">{text}</a></li>' for level, name, text in HEADING.findall(body)
     )
-    return f'<details open class="contents"><summary>Contents</summary><ul>{"".join(lines)}</ul></details>'
+    return f'<details class="contents"><summary>Contents</summary><ul>{"".join(lines)}</ul></details>'
 
 
 def document(title: str, body: str, here: str, with_contents: bool) -> str:
