@@ -180,7 +180,7 @@ def ptb_changes() -> Jobs:
     for label, flags in PTB_SCALED.items():
         whole = f"{flags} --epochs 15"
         jobs[f"{label}, skip connection"] = Job(whole, "research.variants skip")
-        jobs[f"{label}, dropout 0.5"] = Job(f"{whole} {DROPOUT.format(0.5)}")
+        jobs |= {f"{label}, dropout {rate}": Job(f"{whole} {DROPOUT.format(rate)}") for rate in (0.3, 0.5)}
         jobs[f"{label}, locked dropout"] = Job(whole, "research.variants locked")
         jobs[f"{label}, weight decay 0.1"] = Job(f"{whole} --weight-decay 0.1")
     return jobs | {"QRNN, zoneout 0.1": Job(f"{PTB_SCALED['QRNN']} --epochs 15 --zoneout 0.1")}
