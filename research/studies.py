@@ -20,10 +20,11 @@ initial       QRNN and LSTM with larger initial candidates, three seeds; 1 1/2 h
 ptb_quarter   what helps on a quarter of the Penn Treebank as one stream, 8 epochs, one seed; 1 1/2 h
 translators   twelve trials of each translator: learning rate, initial weights, dropout; 1/2 h
 translation   both translators with their best trials on all pairs; 1 h
-folds         both readers of film reviews, each tenth once for test; 1 3/4 h
+readers       eight trials of each reader of film reviews: learning rate, initial weights, dropout; 3/4 h
+folds         both readers with their best trials, each tenth of the reviews once for test; 1 h
 
 --data is a folder with the files of WikiText-2; for numerics and the studies named ptb, of the Penn Treebank; for
-translators and translation, of Multi30k; for folds, of rt-polarity.
+translators and translation, of Multi30k; for readers and folds, of rt-polarity.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from itertools import product
-from typing import Any
+from typing import Any, NamedTuple
 
 from examples.sentiment.data import FOLDS
 from lab.command_line import Parser, exit_code
@@ -50,8 +51,6 @@ DROPOUT = "--dropout {0} --dropout-embedding {0} --dropout-output {0}"  # the sa
 STREAMED = f"{SMALL} {STREAM} --embedding 256 --batch-size 20 --bptt 70"  # as published numbers have it
 LARGER = "research.variants gain"  # initial candidates, of either model
 FIRST_KERNEL = f"{SMALL} --models qrnn --first-kernel-size 1 --hidden 292"
-TUNED = ("lr", "dropout", "dropout_embedding", "dropout_output", "weight_decay")  # what research/tune.py searches
-TRANSLATED = ("lr", "initialisation", "forget_bias", "dropout")  # and what `translators` does
 TRANSLATE = "--preset small --epochs 3"
 PTB_WIDTH = 359  # of two layers, the first of which sees one word
 PTB = f"{STREAMED} --corpus ptb --lr 4e-3 {DROPOUT.format(0.4)}"
@@ -59,6 +58,35 @@ PTB_SCALED = {
     "QRNN": f"{PTB} --initialisation scaled --models qrnn --first-kernel-size 1 --hidden {PTB_WIDTH}",
     "LSTM": f"{PTB} --initialisation scaled --models lstm --hidden 309",
 }
+
+
+class Search(NamedTuple):
+    """Trials that both models get alike.
+
+    Attributes:
+        name: of the file with them in results/.
+        command: what makes it, after `python -m research.`
+        preset: of the trials.
+        settings: what differs between them.
+        score: of a trial on validation; lower is better.
+    """
+
+    name: str
+    command: str
+    preset: str
+    settings: tuple[str, ...]
+    score: str = "valid_perplexity"
+
+
+SEARCHED = ("lr", "initialisation", "forget_bias", "dropout")
+TUNING = Search(
+    "tuning",
+    "tune --preset small",
+    "small",
+    ("lr", "dropout", "dropout_embedding", "dropout_output", "weight_decay"),
+)
+TRANSLATORS = Search("translators", "studies translators", "small", SEARCHED)
+READERS = Search("readers", "studies readers", "mr", SEARCHED, "valid_loss")
 
 
 # --- the studies -----------------------------------------------------------------------------------------------------
@@ -134,29 +162,29 @@ def seeds() -> Jobs:
 def tuned() -> Jobs:
     """The same with the settings that were best for each in results/tuning.json."""
     return {
-        f"{NAMES[model]}, seed {seed}": Job(f"{SMALL} --models {model} --seed {seed} {best_flags(model)}")
+        f"{NAMES[model]}, seed {seed}": Job(f"{SMALL} --models {model} --seed {seed} {best_flags(model, TUNING)}")
         for seed, model in SEEDED
     }
 
 
-def best_flags(model: str, search: str = "tuning", names: Sequence[str] = TUNED) -> str:
-    """Return the flags of the trial in results/SEARCH.json that was best on validation.
+def best_flags(model: str, search: Search) -> str:
+    """Return the flags of the model's trial that was best on validation.
 
     Raises:
         InputError: the models do not have the same trials.
     """
-    trials: dict[str, dict[tuple[Any, ...], float]] = {name: {} for name in NAMES}  # values -> perplexity
-    for run in on_record(search).values():
+    trials: dict[str, dict[tuple[Any, ...], float]] = {name: {} for name in NAMES}  # values -> score
+    for run in on_record(search.name).values():
         config = run.get("config", {})  # none where it failed
-        if config.get("preset") == "small":
+        if config.get("preset") == search.preset:
             (result,) = run["models"]
-            trials[result["model"]][tuple(config[name] for name in names)] = result["valid_perplexity"]
+            trials[result["model"]][tuple(config[name] for name in search.settings)] = result[search.score]
     tried = [set(mine) for mine in trials.values()]
     if not all(tried) or tried[0] != tried[1]:
-        way_out = {"tuning": "research.tune --preset small"}.get(search, f"research.studies {search}")
-        raise InputError(f"{search}.json lacks the same trials of both models; run `python -m {way_out}` first")
+        way_out = f"run `python -m research.{search.command}` first"
+        raise InputError(f"{search.name}.json lacks the same trials of both models; {way_out}")
     best = min(trials[model], key=trials[model].__getitem__)
-    return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in zip(names, best, strict=True))
+    return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in zip(search.settings, best, strict=True))
 
 
 def ptb() -> Jobs:
@@ -275,29 +303,39 @@ def ptb_quarter() -> Jobs:
     }
 
 
+def trials(search: Search, example: str, flags: str, values: Sequence[tuple[Any, ...]]) -> Jobs:
+    """A run of an example with each of these values of what is searched, for both models."""
+    searched = " ".join(f"--{name.replace('_', '-')} {{}}" for name in search.settings)
+    return {
+        f"{label}, trial {number}": Job(f"{flags} --no-test --models {model} {searched.format(*trial)}", example)
+        for number, trial in enumerate(values)
+        for model, label in NAMES.items()
+    }
+
+
 def translators() -> Jobs:
     """The same twelve trials for both translators, on the pairs that are at most fifty characters long."""
     rates = (2e-3, 4e-3, 8e-3)
-    trials = [(rate, initial, 0.0, 0.1) for initial in ("scaled", "xavier") for rate in rates]
-    trials += [(4e-3, "uniform", 0.0, 0.1), (4e-3, "scaled", 1.0, 0.1), (4e-3, "xavier", 1.0, 0.1)]
-    trials += [(4e-3, "scaled", 0.0, 0.2), (1e-3, "scaled", 0.0, 0.1), (1.6e-2, "scaled", 0.0, 0.1)]
-    flags = f"{TRANSLATE} --max-length 50 --no-test"
-    searched = "--lr {} --initialisation {} --forget-bias {} --dropout {}"
-    return {
-        f"{label}, trial {number}": Job(f"{flags} {searched.format(*values)} --models {model}", "examples.translation")
-        for number, values in enumerate(trials)
-        for model, label in NAMES.items()
-    }
+    values = [(rate, initial, 0.0, 0.1) for initial in ("scaled", "xavier") for rate in rates]
+    values += [(4e-3, "uniform", 0.0, 0.1), (4e-3, "scaled", 1.0, 0.1), (4e-3, "xavier", 1.0, 0.1)]
+    values += [(4e-3, "scaled", 0.0, 0.2), (1e-3, "scaled", 0.0, 0.1), (1.6e-2, "scaled", 0.0, 0.1)]
+    return trials(TRANSLATORS, "examples.translation", f"{TRANSLATE} --max-length 50", values)
 
 
 def translation() -> Jobs:
     """All pairs, each model with its best trial of `translators`."""
     return {
-        label: Job(
-            f"{TRANSLATE} --models {model} {best_flags(model, 'translators', TRANSLATED)}", "examples.translation"
-        )
+        label: Job(f"{TRANSLATE} --models {model} {best_flags(model, TRANSLATORS)}", "examples.translation")
         for model, label in NAMES.items()
     }
+
+
+def readers() -> Jobs:
+    """The same eight trials for both readers of film reviews, with fold 0 set aside."""
+    values = [(rate, "scaled", 0.0, 0.5) for rate in (5e-4, 1e-3, 2e-3, 4e-3)]
+    values += [(1e-3, "scaled", 0.0, 0.3), (1e-3, "scaled", 1.0, 0.5)]
+    values += [(1e-3, "uniform", 0.0, 0.5), (1e-3, "xavier", 0.0, 0.5)]
+    return trials(READERS, "examples.sentiment", "--preset mr", values)
 
 
 def folds() -> Jobs:
@@ -328,6 +366,7 @@ STUDIES: dict[str, Callable[[], Jobs]] = {
         ptb_quarter,
         translators,
         translation,
+        readers,
         folds,
     )
 }

@@ -18,6 +18,7 @@ from research.studies import NAMES
 NAMED = 4  # of the runs that are missing
 FIT = "training text, with dropout"
 SIZES = {"hidden": "units", "sizes": "parameters, recurrent / all"}
+SEARCHED = {"initialisation": "{}", "lr": "{:g}", "forget_bias": "{:g}", "dropout": "{:g}"}
 SCORES = {"valid_perplexity": "validation perplexity", "test_perplexity": "test perplexity", "fit": FIT}
 
 
@@ -72,15 +73,18 @@ def longer(runs: DataFrame) -> str:
     return wide(shown.rename(columns=SCORES), "model")
 
 
-def trials(runs: DataFrame, settings: dict[str, str]) -> str:
+def trials(runs: DataFrame, settings: dict[str, str], score: str = "valid_perplexity", digits: str = "{:.2f}") -> str:
     """A row for each trial, which is the same for both models, the best of each in bold.
 
     Args:
         runs: on record.
         settings: what differs between trials -> how a value of it is written.
+        score: what a trial is judged by, on validation; lower is better.
+        digits: how it is written.
     """
-    scores = runs.pivot(index=[*settings], columns="model", values="valid_perplexity")
-    cells = {f"{label}, validation perplexity": best_in_bold(scores[name]) for name, label in NAMES.items()}
+    scores = runs.pivot(index=[*settings], columns="model", values=score)
+    title = score.replace("valid_", "validation ")
+    cells = {f"{label}, {title}": best_in_bold(scores[name], digits) for name, label in NAMES.items()}
     values = scores.index.to_frame(index=False)
     shown = DataFrame({name.replace("_", " "): values[name].map(form.format) for name, form in settings.items()})
     return markdown(shown.rename(columns={"lr": "learning rate"}).assign(**cells))
@@ -92,13 +96,8 @@ def tuning(runs: DataFrame) -> str:
     return trials(runs[runs["preset"] == "small"], settings)
 
 
-def translators(runs: DataFrame) -> str:
-    """The trials of the translators."""
-    return trials(runs, {"initialisation": "{}", "lr": "{:g}", "forget_bias": "{:g}", "dropout": "{:g}"})
-
-
-def best_in_bold(scores: Series) -> list[str]:
-    texts = scores.map("{:.2f}".format, na_action="ignore").fillna("")
+def best_in_bold(scores: Series, digits: str) -> list[str]:
+    texts = scores.map(digits.format, na_action="ignore").fillna("")
     return texts.mask(scores == scores.min(), "**" + texts + "**").to_list()
 
 
@@ -215,8 +214,9 @@ STUDIES: dict[str, Callable[[DataFrame], str]] = {
     "first_kernel": first_kernel,
     "initial": initial,
     "candidates": partial(study, first="candidate", by_value=True),
-    "translators": translators,
+    "translators": partial(trials, settings=SEARCHED),
     "translation": translation,
+    "readers": partial(trials, settings=SEARCHED, score="valid_loss", digits="{:.3f}"),
     "folds": folds,
     "ptb_quarter": partial(study, first="model", scores=("valid_perplexity", "fit"), by_value=True),
 }

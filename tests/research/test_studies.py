@@ -25,7 +25,7 @@ from qrnn import QRNN
 from qrnn_layer import QRNNLayer, QRNNState
 from research import closed_form, context, jobs, tune
 from research.jobs import Job, identity
-from research.studies import STUDIES, main
+from research.studies import READERS, STUDIES, TRANSLATORS, TUNING, main
 
 ROOT = Path(__file__).parents[2]
 TINY = "--preset demo --corpus text --embedding 8 --hidden 8 --epochs 1 --device cpu"
@@ -46,14 +46,17 @@ def write_tuning(folder: Path) -> None:
     def trial(model: str, lr: float, valid_perplexity: float) -> dict:
         dropouts = {"dropout": 0.3, "dropout_embedding": 0.3, "dropout_output": 0.3}
         initial = {"initialisation": "scaled", "forget_bias": 0.0}
-        config = {"preset": "small", "lr": lr, "weight_decay": 0.02, **dropouts, **initial}
-        return {"config": config, "models": [{"model": model, "valid_perplexity": valid_perplexity}]}
+        config = {"lr": lr, "weight_decay": 0.02, **dropouts, **initial}
+        scores = {"valid_perplexity": valid_perplexity, "valid_loss": math.log(valid_perplexity)}
+        return {"config": config, "models": [{"model": model, **scores}]}
 
     runs = {"a": trial("qrnn", 0.002, 120.0), "b": trial("qrnn", 0.003, 100.0), "c": trial("lstm", 0.002, 110.0)}
     runs |= {"e": trial("lstm", 0.003, 115.0)}
     runs["d"] = {"error": "exit code 1: diverged"}
-    for search in ("tuning", "translators"):
-        (folder / f"{search}.json").write_text(json.dumps({"runs": runs}))
+    for search in (TUNING, TRANSLATORS, READERS):
+        for run in runs.values():
+            run.get("config", {})["preset"] = search.preset
+        (folder / f"{search.name}.json").write_text(json.dumps({"runs": runs}))
 
 
 @pytest.mark.parametrize("study", STUDIES)
