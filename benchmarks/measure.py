@@ -40,7 +40,7 @@ from benchmarks.peers import (
     one_line,
     versions,
 )
-from benchmarks.record import RESULTS
+from benchmarks.record import INFERENCE, RESULTS, STACK, STACKED, STEP
 from experiment import build_model
 from lab.batches import SentenceBatches
 from lab.checkpoint import write_file
@@ -77,9 +77,8 @@ LAYERS: dict[str, Callable[[int], nn.Module]] = {
     "QRNN, k = 1": lambda width: TimeFirst(width, 1),
     "LSTM": lambda width: nn.LSTM(width, width),
     "GRU": lambda width: nn.GRU(width, width),
-    "stack of one QRNN layer": lambda width: QRNN(width, width, first_kernel_size=2, activation="tanh"),
+    STACK: lambda width: QRNN(width, width, first_kernel_size=2, activation="tanh"),
 }
-INFERENCE, STACKED, STEP = "inference", "training inside a stack", "step by step"  # STACKED: with the input's gradient
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 progress = partial(tqdm, mininterval=0.5 if sys.stderr.isatty() else 60)
 SENTENCE = 25  # words, about the mean of WikiText-2
@@ -103,7 +102,7 @@ LAYER_GRID = Grid(
     ("QRNN", "QRNN, k = 1", "LSTM", "GRU"),
     memory=True,
 )
-STEP_GRID = Grid(WIDTHS, ((1, 1), (32, 1)), (STEP,), ("QRNN", "QRNN, k = 1", "stack of one QRNN layer", "LSTM", "GRU"))
+STEP_GRID = Grid(WIDTHS, ((1, 1), (32, 1)), (STEP,), ("QRNN", "QRNN, k = 1", STACK, "LSTM", "GRU"))
 KEPT_GRID = Grid((208, 320, 640), ((32, 128),), (STACKED, INFERENCE), ("QRNN", "LSTM"))
 FIGURE_4 = tuple(product((8, 16, 32, 64, 128, 256), (32, 64, 128, 256, 512)))
 PAPER_GRID = Grid((320,), FIGURE_4, (INFERENCE, STACKED), ("QRNN", "LSTM"))

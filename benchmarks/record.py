@@ -11,6 +11,8 @@ import pandas as pd
 from pandas import DataFrame, Series
 
 RESULTS = Path(__file__).parents[1] / "research" / "results"
+INFERENCE, STACKED, STEP = "inference", "training inside a stack", "step by step"  # STACKED: with the input's gradient
+STACK = "stack of one QRNN layer"
 
 
 class NotMeasured(Exception):

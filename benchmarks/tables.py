@@ -8,11 +8,10 @@ from functools import partial
 import pandas as pd
 from pandas import DataFrame
 
-from benchmarks.record import Benchmark, NotMeasured, span, wide
+from benchmarks.record import INFERENCE, STACK, STACKED, STEP, Benchmark, NotMeasured, span, wide
 
 PRECISION_METHODS = ("closed form, autograd", "log", "blocked", "scan", "loop")
 POOLING_SHAPE, REFERENCE_LENGTH, LONG = (32, 128, 640), 512, 16_384
-INFERENCE, STACKED = "inference", "training inside a stack"
 PAPER_LENGTHS = (32, 64, 128, 256, 512)
 PAPER = {  # batch size -> times as fast as cuDNN's LSTM at each length, inference: Fig. 4, right
     8: (5.5, 8.8, 11.0, 12.4, 16.9),
@@ -114,23 +113,22 @@ def layer_speed(part: str, benchmark: Benchmark) -> str:
 
 def step_speed(benchmark: Benchmark) -> str:
     """The same step by step, and a stack of one layer."""
-    layers = ("QRNN", "QRNN, k = 1", "stack of one QRNN layer")
+    layers = ("QRNN", "QRNN, k = 1", STACK)
     return over_lstm(benchmark.measured("step"), layers, benchmark, "batch x T, k = 2 / k = 1 / k = 2 in a stack")
 
 
 def layer_worst(benchmark: Benchmark) -> str:
-    """Where the layer is slowest beside nn.LSTM."""
+    """Say where the layer is slowest beside nn.LSTM."""
     sentences = []
-    for table in ("layer", "step"):
-        rows = benchmark.measured(table)
-        for part in rows["part"].unique():
-            table = ratios(rows[rows["part"] == part], "LSTM", "QRNN").droplevel("part")
+    for kind, layer, where in (("layer", "QRNN", ""), ("step", "QRNN", ""), ("step", STACK, ", in a stack")):
+        for part, rows in benchmark.measured(kind).groupby("part", sort=False):
+            table = ratios(rows, "LSTM", layer).droplevel("part")
             place, least = table.stack(["B", "T"], future_stack=True).agg(["idxmin", "min"])
             (name,) = row_names(table.loc[[place[:2]]], benchmark)
             slower = (table < 1).to_numpy().sum()
             sentences.append(
-                f"{part.capitalize()}: `nn.LSTM` is faster in {slower} of {table.size} cells; the smallest ratio is "
-                f"{least:.2f}, at {name}, {place[2]} x {place[3]}."
+                f"{part.capitalize()}{where}: `nn.LSTM` is faster in {slower} of {table.size} cells; the smallest "
+                f"ratio is {least:.2f}, at {name}, {place[2]} x {place[3]}."
             )
     return " ".join(sentences)
 
@@ -165,11 +163,12 @@ def gru_speed(part: str, benchmark: Benchmark) -> str:
 
 
 def readme_speed(benchmark: Benchmark) -> str:
-    """The range of the ratios over nn.LSTM, for each part and width."""
-    rows = pd.concat([benchmark.measured("layer"), benchmark.measured("step")])
-    cells = ratios(rows, "LSTM", "QRNN").stack(["B", "T"], future_stack=True).dropna()
+    """The range of the ratios over nn.LSTM, for each part and width; step by step of a stack."""
+    compared = (("layer", "QRNN"), ("step", STACK))
+    tables = [ratios(benchmark.measured(name), "LSTM", layer) for name, layer in compared]
+    cells = pd.concat(table.stack(["B", "T"], future_stack=True) for table in tables)
     lines = cells.groupby(level=["part", "H"]).agg(span).unstack("H")
-    return wide(lines.loc[[STACKED, INFERENCE, "step by step"]], "times as fast as `nn.LSTM`", "{} units".format)
+    return wide(lines.loc[[STACKED, INFERENCE, STEP]], "times as fast as `nn.LSTM`", "{} units".format)
 
 
 def paper_speed(benchmark: Benchmark) -> dict[str, DataFrame]:

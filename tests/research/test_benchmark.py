@@ -17,11 +17,8 @@ from benchmarks import measure as benchmark
 from benchmarks.instruments import LEAST, MOST, interleaved, peak_mib, speed_rows, time_by_kind
 from benchmarks.measure import (
     FOR_GPUS,
-    INFERENCE,
     LAYERS,
     PLAN,
-    STACKED,
-    STEP,
     TABLES,
     Grid,
     Plan,
@@ -34,7 +31,7 @@ from benchmarks.measure import (
     try_way,
 )
 from benchmarks.peers import LOOPS, PEERS, WAYS, Missing, Peer
-from benchmarks.record import Benchmark
+from benchmarks.record import INFERENCE, STACK, STACKED, STEP, Benchmark
 from lab.presets import PRESETS
 from research import figures
 
@@ -260,7 +257,8 @@ def test_layers_are_compared_by_time_and_memory(content, measured):
     ranges = {row[0]: row[1:] for row in cells(tables.readme_speed(measured))[1:]}
     for part, batches in ((STACKED, (1, 2)), (INFERENCE, (1, 2)), (STEP, (1,))):
         for width, shown in zip(widths, ranges[part], strict=True):
-            every = [ratio("QRNN", width, threads, batch, part) for threads in (1, 2) for batch in batches]
+            layer = STACK if part == STEP else "QRNN"
+            every = [ratio(layer, width, threads, batch, part) for threads in (1, 2) for batch in batches]
             low, high = f"{min(every):.1f}", f"{max(every):.1f}"
             assert shown == (low if low == high else f"{low} to {high}")
 
@@ -268,6 +266,11 @@ def test_layers_are_compared_by_time_and_memory(content, measured):
     (sentence,) = [text for text in tables.layer_worst(measured).split(". ") if text.startswith("Training inside")]
     cores = "1 core" if place[1] == 1 else "2 cores"
     assert sentence.endswith(f"ratio is {least:.2f}, at {place[0]} units, {cores}, {place[2]} x 4")
+    least = min(ratio(STACK, h, n, 1, STEP) for h in widths for n in (1, 2))
+    (sentence,) = [
+        text for text in tables.layer_worst(measured).split(". ") if text.startswith("Step by step, in a stack")
+    ]
+    assert f"ratio is {least:.2f}, at" in sentence
 
 
 def test_both_ways_to_hand_out_memory_are_shown(content, measured):
