@@ -211,12 +211,12 @@ def pool(
         log_x: (B, T, H), same dtype and device: logs of what enters, -87 to 88 in float32. -inf: nothing enters.
         h0: (B, H), same dtype and device, any sign: the state before the first step. Default: zeros.
         method, block_size: how to compute it. All give the same h and gradients up to rounding, and stay finite.
-            "loop": the definition, step by step.
+            "loop": the definition, step by step. Gates that are equal repeat one rounding error: up to eps T.
             "log": `closed_form` of the whole sequence, a gate of 0 as 1e-38. Its relative error grows with T: at most
             4 eps (1 + log T + max |c_t| + max |log_x_t|) on a CPU, c_t the running sum of log_f; on a GPU more.
             "blocked": `closed_form` inside blocks of `block_size` steps, in float64: 1e-5 for any T.
             "scan": a scan of log gates and plain states: 5e-6 for any T. Products of gates below 1e-38 are 0.
-            "auto": "scan", the fastest on a CPU; and on a GPU if compiled for fixed sizes, with torch 2.11 or later.
+            "auto": "scan", the faster of these two on a CPU, and on a GPU if compiled for fixed sizes (torch >= 2.11).
         check: also check values, which makes a GPU wait. Unchecked, log_f > 0, NaN and inf are computed as they stand.
     Returns h, (B, T, H), in the dtype of log_f. bfloat16 and float16 are pooled in float32 and cast back.
     Raises TypeError if an argument is no tensor, ShapeError if one does not fit, ValueError for a wrong value.

@@ -143,7 +143,7 @@ class Networks:
     zoneout: Probability = 0.0
     """QRNN: probability that a unit keeps its state for a step, in training."""
     method: Literal["auto", "loop", "log", "blocked", "scan"] = "auto"
-    """QRNN: how the recurrence is computed; all methods give the same result. auto: the fastest for the device."""
+    """QRNN: how the recurrence is computed; all give the same result up to rounding. auto: scan."""
     dropout: Probability = 0.0
     """Dropout between the recurrent layers."""
     initialisation: Literal["scaled", "uniform", "xavier"] = "scaled"
