@@ -13,7 +13,7 @@ from sacrebleu.metrics import BLEU
 from scipy.stats import ttest_ind, ttest_rel
 
 from benchmarks.record import markdown
-from research.record import finished_runs, load
+from research.record import finished_runs
 from research.studies import NAMES
 
 DRAWS = 1000  # of the test sentences
@@ -115,13 +115,7 @@ def larger_candidates() -> Compared | None:
     return compare(runs[runs["activation"] == "tanh"] if len(runs) else runs, "test_perplexity")
 
 
-def reviews() -> Compared:
-    """Return the accuracies on the test reviews."""
-    accuracies = {model["model"]: model["test"]["accuracy"] for model in load("sentiment.json")["models"]}
-    return Compared(**accuracies, interval=None, over="one seed", higher_is_better=True)
-
-
-def reviews_in_folds() -> Compared | None:
+def reviews() -> Compared | None:
     """Return the accuracies on the test reviews of the folds that both models have read."""
     runs = finished_runs("folds")
     if not len(runs):
@@ -151,7 +145,6 @@ COMPARISONS: dict[str, Callable[[], Compared | None]] = {
     "Penn Treebank, one stream, larger initial weights": test_perplexities("ptb_scaled"),
     "translation of Multi30k, BLEU": translations,
     "film reviews, accuracy in %": reviews,
-    "film reviews, all folds, accuracy in %": reviews_in_folds,
 }
 
 

@@ -339,9 +339,11 @@ def readers() -> Jobs:
 
 
 def folds() -> Jobs:
-    """Both readers of film reviews, each tenth of the reviews once for test."""
+    """Both readers with their best trials of `readers`, each tenth of the reviews once for test."""
     return {
-        f"{label}, fold {fold}": Job(f"--preset mr --fold {fold} --models {model}", "examples.sentiment")
+        f"{label}, fold {fold}": Job(
+            f"--preset mr --fold {fold} --models {model} {best_flags(model, READERS)}", "examples.sentiment"
+        )
         for fold in range(FOLDS)
         for model, label in NAMES.items()
     }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import pandas as pd
 from pandas import DataFrame, Series
@@ -82,7 +81,7 @@ def trials(runs: DataFrame, settings: dict[str, str], score: str = "valid_perple
         score: what a trial is judged by, on validation; lower is better.
         digits: how it is written.
     """
-    scores = runs.pivot(index=[*settings], columns="model", values=score)
+    scores = runs.pivot(index=[*settings], columns="model", values=score).reindex(columns=[*NAMES])
     title = score.replace("valid_", "validation ")
     cells = {f"{label}, {title}": best_in_bold(scores[name], digits) for name, label in NAMES.items()}
     values = scores.index.to_frame(index=False)
@@ -178,27 +177,6 @@ def spans(known: list[int]) -> list[str]:
     return [str(most) if most < 3 else f"{most // 2 + 1}-{most}" for most in known]
 
 
-def example(name: str, cells: Callable[[dict[str, Any]], dict[str, str]]) -> str:
-    """The models of an example: what every run has, and what `cells` makes of a result."""
-    content = load(name)
-    rows = [
-        {"model": f"{NAMES[model['model']]}, {model['hidden']} units"}
-        | {"recurrent parameters": f"{model['recurrent_parameters']:,}", "best epoch": model["best_epoch"]}
-        | cells(model)
-        for model in content["models"]
-    ]
-    return f"{markdown(DataFrame(rows))}\n\n{source(name, content)}"
-
-
-def sentiment() -> str:
-    """Accuracies and their intervals."""
-    splits = {"valid": "validation accuracy, %", "test": "test accuracy, %"}
-    interval = "{accuracy:.1f} ({low:.1f} to {high:.1f})"
-    return example(
-        "sentiment.json", lambda model: {label: interval.format(**model[split]) for split, label in splits.items()}
-    )
-
-
 ALL = tuple(SCORES)
 STUDIES: dict[str, Callable[[DataFrame], str]] = {
     "seeds": seeds,
@@ -224,5 +202,4 @@ BLOCKS: dict[str, Callable[[], str]] = {
     **{name: partial(recorded, name, f"python -m research.studies {name}", made) for name, made in STUDIES.items()},
     "tuning": partial(recorded, "tuning", "python -m research.tune --preset small --amp bf16", tuning),
     "context": context,
-    "sentiment": sentiment,
 }

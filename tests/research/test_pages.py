@@ -63,7 +63,7 @@ def test_every_figure_is_on_a_page():
 def test_every_study_has_its_place():
     assert set(tables.STUDIES) == set(studies.STUDIES)
     places = {match["name"] for page in pages.PAGES for match in pages.BLOCK.finditer(page.read_text())}
-    assert {*studies.STUDIES, "comparison", "tuning", "context", "sentiment"} <= places
+    assert {*studies.STUDIES, "comparison", "tuning", "context"} <= places
 
 
 def test_blocks_are_filled_where_they_stand(monkeypatch):
@@ -189,14 +189,14 @@ def test_folds_are_compared_in_pairs(write):
     for made in runs.values():
         made["models"][0]["test"] = {"accuracy": made["config"].pop("accuracy")}
     write("folds", **runs)
-    pair = comparison.reviews_in_folds()
+    pair = comparison.reviews()
     assert pair.gap == pytest.approx(1.0) and pair.winner == "QRNN" and pair.over == "4 folds"
     gaps = Series(qrnn) - Series(lstm)
     assert pair.interval[1] - pair.gap == pytest.approx(t.ppf(0.975, 3) * gaps.std() / 2)
     assert cells(tables.folds(finished_runs("folds")))[3] == ["3", "60.00", "59.00"]
     runs.pop("l3")
     write("folds", **runs)
-    assert comparison.reviews_in_folds().over == "3 folds"
+    assert comparison.reviews().over == "3 folds"
     assert cells(tables.folds(finished_runs("folds")))[3] == ["3", "60.00", ""]
 
 
@@ -214,13 +214,12 @@ def test_translations_are_compared_on_the_same_draws_of_sentences():
     assert alike.interval == (0, 0) and alike.winner is None  # not so if each had draws of its own
 
 
-def test_comparisons_have_as_many_runs_of_one_as_of_the_other(write, monkeypatch):
+def test_comparisons_have_as_many_runs_of_one_as_of_the_other(write):
     scores = {"a": ("qrnn", 80.0), "b": ("qrnn", 82.0), "c": ("lstm", 90.0), "d": ("lstm", 90.5)}
     write("seeds", **{label: run(name, 95.0, test) for label, (name, test) in scores.items()})
     dense = {label: run("qrnn", valid, None, dense=True) for label, valid in (("a", 60.0), ("b", 55.0))}
     write("longer", **dense)
     write("ptb", a=run("qrnn", 70.0, 60.0))
-    monkeypatch.setitem(comparison.ALL, "film reviews, accuracy in %", lambda: None)
     (row,) = cells(comparison.BLOCKS["comparison"]())
     assert row[:3] == ["WikiText-2, sentences, perplexity", "81.00", "90.25"] and row[3].startswith("-9.25 (-")
     assert comparison.best_dense() is comparison.one_word_first() is None

@@ -100,6 +100,7 @@ def test_compared_models_get_the_trial_that_was_best_on_validation(tmp_path, mon
     assert {config.lr for label, config in configs.items() if label.startswith("LSTM")} == {0.002}
     assert all(config.dropout_output == 0.3 and config.weight_decay == 0.02 for config in configs.values())
     assert [run.config.lr for run in STUDIES["translation"]().values()] == [0.003, 0.002]
+    assert [run.config.lr for run in STUDIES["folds"]().values()] == [0.003, 0.002] * 10
 
 
 def test_tuned_models_need_the_tuning(tmp_path, monkeypatch, capsys):
@@ -227,7 +228,9 @@ def test_the_text_of_a_job_is_that_of_its_run(tmp_path):
         assert jobs.identify({"a job": job}, tmp_path) == {"a job": identity(job, text["sha256_of_lines"])}
 
 
-def test_each_fold_of_the_reviews_is_a_text_of_its_own(tmp_path):
+def test_each_fold_of_the_reviews_is_a_text_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(jobs, "RESULTS", tmp_path)
+    write_tuning(tmp_path)
     for label, words in (("pos", "good"), ("neg", "bad")):
         lines = "\n".join(f"a {words} film of number {number}" for number in range(10))
         (tmp_path / f"rt-polarity.{label}").write_text(f"{lines}\n")
