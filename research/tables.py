@@ -96,8 +96,9 @@ def tuning(runs: DataFrame) -> str:
 
 
 def best_in_bold(scores: Series, digits: str) -> list[str]:
-    texts = scores.map(digits.format, na_action="ignore").fillna("")
-    return texts.mask(scores == scores.min(), "**" + texts + "**").to_list()
+    texts = ("" if pd.isna(score) else digits.format(score) for score in scores)
+    best = scores == scores.min()
+    return [f"**{text}**" if bold else text for text, bold in zip(texts, best, strict=True)]
 
 
 def seeds(runs: DataFrame, names: dict[str, str] = NAMES, key: str = "model") -> str:
