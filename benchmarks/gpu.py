@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import fcntl
 import json
-import math
 import multiprocessing
 import os
 import signal
@@ -30,18 +29,16 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from benchmarks.gpu_ways import WAYS, Way, pooling_call, problem_of, way
 from benchmarks.instruments import Call, Row, Shape, interleaved, speed_rows
 from benchmarks.peers import one_line
 from lab.provenance import provenance
-from qrnn_layer import METHODS, QRNNLayer, _closed_form_of_any_sign, _recurrence, _scan
+from qrnn_layer import QRNNLayer
 
 ROOT = Path(__file__).parents[1]
 TESTS = ROOT / "tests" / "library" / "test_cuda.py"
-Problem = tuple[Tensor, Tensor, Tensor]  # log_f and x > 0, (B, T, H), and h0, (B, H)
-Way = Callable[[Tensor, Tensor, Tensor], Tensor]  # of a problem -> h, (B, T, H)
 
 
 @dataclass(frozen=True)
@@ -82,104 +79,7 @@ class Record:
         aside.replace(self.path)
 
 
-# --- the ways to pool ------------------------------------------------------------------------------------------------
-
-
-def _float32_blocks(log_f: Tensor, x: Tensor, h0: Tensor, floor: float) -> Tensor:
-    """The closed form in float32 blocks of 16, short enough for its logs to keep their digits."""
-    log_f, x = (array.unflatten(1, (-1, 16)) for array in (log_f, x))
-    h, c = _closed_form_of_any_sign(log_f, x, floor)
-    ends = _scan(c[:, :, -1], h[:, :, -1], h0)
-    starts = torch.cat([h0.unsqueeze(1), ends[:, :-1]], dim=1).unsqueeze(2)
-    return torch.addcmul(h, c.exp(), starts).flatten(1, 2)
-
-
-def _whole_in_float64(log_f: Tensor, x: Tensor, h0: Tensor, floor: float) -> Tensor:
-    """The closed form of the whole sequence at once."""
-    h, c = _closed_form_of_any_sign(log_f.double(), x.double(), floor)
-    return (h + c.exp() * h0.unsqueeze(1)).to(x.dtype)
-
-
-def _associated(mode: str, log_f: Tensor, x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """Return the running sums of log_f, and h from h_0 = 0."""
-    from torch._higher_order_ops import associative_scan  # a prototype: not public yet
-
-    def combine(left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        return left[0] + right[0], right[0].exp() * left[1] + right[1]
-
-    return cast(tuple[Tensor, Tensor], associative_scan(combine, (log_f, x), dim, combine_mode=mode))
-
-
-def _associative_scan(mode: str, log_f: Tensor, x: Tensor, h0: Tensor, floor: float) -> Tensor:
-    c, h = _associated(mode, log_f, x, 1)
-    return h + c.exp() * h0.unsqueeze(1)
-
-
-def _associative_blocks(size: int, log_f: Tensor, x: Tensor, h0: Tensor, floor: float) -> Tensor:
-    """Scans inside blocks, which are parallel also for one long sequence, and one from block to block."""
-    size = min(size, x.shape[1])
-    c, h = _associated("pointwise", log_f.unflatten(1, (-1, size)), x.unflatten(1, (-1, size)), 2)
-    ends = _associative_scan("pointwise", c[:, :, -1], h[:, :, -1], h0, floor)
-    starts = torch.cat([h0.unsqueeze(1), ends[:, :-1]], dim=1).unsqueeze(2)
-    return torch.addcmul(h, c.exp(), starts).flatten(1, 2)
-
-
-SOLVERS: dict[str, Callable[..., Tensor]] = {
-    "closed form, float32 blocks of 16": _float32_blocks,
-    "closed form, float64, whole": _whole_in_float64,
-    "torch.associative_scan, generic": partial(_associative_scan, "generic"),
-    "torch.associative_scan, pointwise": partial(_associative_scan, "pointwise"),  # one kernel; compiled on CUDA only
-    "torch.associative_scan, pointwise, blocks of 64": partial(_associative_blocks, 64),
-}
-
-
-class Derived(torch.autograd.Function):
-    """A solver with the derived backward pass of `qrnn_layer._Pool`."""
-
-    @staticmethod
-    def forward(ctx, log_f: Tensor, x: Tensor, h0: Tensor, solver: str) -> Tensor:
-        h = SOLVERS[solver](log_f, x, h0, floor=0)
-        ctx.solver = solver
-        ctx.save_for_backward(log_f, h0, h)
-        return h
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        log_f, h0, h = ctx.saved_tensors
-        log_f_next = torch.cat([log_f[:, :1], log_f[:, 1:].flip(1)], dim=1)
-        delta = SOLVERS[ctx.solver](log_f_next, grad.flip(1), torch.zeros_like(h0), floor=-math.inf).flip(1)
-        f_delta = log_f.exp() * delta
-        return f_delta * torch.cat([h0.unsqueeze(1), h[:, :-1]], dim=1), delta, f_delta[:, 0], None
-
-
-def way(name: str) -> Way:
-    if name in SOLVERS:
-        return lambda log_f, x, h0: Derived.apply(log_f, x, h0, name)
-    return lambda log_f, x, h0: _recurrence(log_f, x, h0, name, 64, floor=0)
-
-
-WAYS: dict[str, Way] = {name: way(name) for name in (*METHODS, *SOLVERS)}
-
-
-def problem_of(shape: Shape, device: str) -> Problem:
-    """The gates and inputs of a layer of the mode "fo" with softplus, on random numbers."""
-    torch.manual_seed(0)
-    a, b = torch.randn(2, *shape, device=device)
-    h0 = torch.rand(shape[0], shape[2], device=device)
-    return nn.functional.logsigmoid(a), torch.sigmoid(-a) * nn.functional.softplus(b), h0
-
-
-def pooling_call(way: Way, problem: Problem, backward: bool) -> Call:
-    """Return a call that gives h or, with `backward`, the gradients of all arguments."""
-    if not backward:
-        return torch.no_grad()(partial(way, *problem))
-    weights = torch.linspace(-1, 1, problem[0].numel(), device=problem[0].device).view_as(problem[0])
-
-    def call() -> tuple[Tensor, ...]:
-        leaves = [array.detach().requires_grad_() for array in problem]
-        return torch.autograd.grad(way(*leaves), leaves, weights)
-
-    return call
+# --- calls on a GPU --------------------------------------------------------------------------------------------------
 
 
 def graphed(call: Call) -> Call:
@@ -539,47 +439,6 @@ def training_steps(plan: Plan, device: str, record: Record) -> None:
     from benchmarks.measure import experiment
 
     record.add("rows", experiment(WHOLE, device, plan.budget))
-
-
-# --- the count on paper ----------------------------------------------------------------------------------------------
-
-
-class Count(TorchDispatchMode):
-    """Count the kernels that calls launch, and the bytes that these read and write: one kernel an operation.
-
-    Views cost nothing. An argument is read once and a result written once; what is repeated without a copy counts once.
-    """
-
-    FILLS = ("aten::copy_", "aten::fill_", "aten::zero_")  # do not read what they fill
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.launches = self.bytes = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        name = func._schema.name
-        if not func.is_view and "empty" not in name:
-            read = args[1:] if name in self.FILLS else args
-            self.launches += 1
-            self.bytes += sum(map(stored_bytes, tree_leaves((read, kwargs, result))))
-        return result
-
-
-def stored_bytes(array: object) -> int:
-    """Bytes of an array in memory, 0 for anything else."""
-    if not isinstance(array, Tensor):
-        return 0
-    sizes = (size for size, stride in zip(array.shape, array.stride(), strict=True) if stride)
-    return math.prod(sizes) * array.element_size()
-
-
-def count(shape: Shape, name: str, backward: bool) -> tuple[int, float]:
-    """Return how many kernels a way to pool launches, and how many bytes they move a number of h."""
-    call = pooling_call(WAYS[name], problem_of(shape, "cpu"), backward)
-    with Count() as counted:
-        call()
-    return counted.launches, counted.bytes / math.prod(shape)
 
 
 # --- the command line ------------------------------------------------------------------------------------------------

@@ -13,8 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu
-from benchmarks.gpu import METHODS, SOLVERS, WAYS, Plan, Record, main
+from benchmarks import count, gpu
+from benchmarks.gpu import Plan, Record, main
+from benchmarks.gpu_ways import SOLVERS, WAYS
+from qrnn_layer import METHODS
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "benchmarks" / "gpu.sh"
@@ -165,18 +167,18 @@ FORWARD = {  # method -> kernels and bytes a number, of T steps, for T a power o
 @pytest.mark.parametrize("name", FORWARD)
 def test_the_count_on_paper_is_what_is_dispatched(name, length):
     kernels, traffic = FORWARD[name]
-    counted, moved = gpu.count((4, length, 8), name, backward=False)
-    assert counted == kernels(length)
+    counted = count.pooling((4, length, 8), name, backward=False)
+    assert counted.kernels == kernels(length)
     edges = 60 * length.bit_length() / length  # of each level of a scan; and h0
-    assert moved == pytest.approx(traffic, abs=edges)
+    assert counted.bytes / (4 * length * 8) == pytest.approx(traffic, abs=edges)
 
 
 def test_the_page_has_what_is_counted():
     text = (ROOT / "benchmarks" / "gpu.md").read_text()
     for name in WAYS:
         if name not in POINTWISE:
-            counts = [gpu.count((2, 512, 8), name, backward) for backward in (False, True)]
-            cells = " | ".join(f"{kernels:,} | {traffic:.0f}" for kernels, traffic in counts)
+            counts = [count.pooling((2, 512, 8), name, backward) for backward in (False, True)]
+            cells = " | ".join(f"{work.kernels:,} | {work.bytes / (2 * 512 * 8):.0f}" for work in counts)
             assert f"| {name} | {cells} |" in text
 
 
