@@ -1,8 +1,12 @@
-"""The tables of benchmarks/gpu.md, made from research/results/gpu-*.json, which benchmarks/gpu.sh writes."""
+"""The tables of benchmarks/gpu.md: measured ones from research/results/gpu-*.json, which benchmarks/gpu.sh writes.
+
+The others are counted by `benchmarks.count`.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -10,6 +14,9 @@ from typing import Any
 import pandas as pd
 from pandas import DataFrame, Series
 
+from benchmarks import count
+from benchmarks.gpu import PLAN, not_tried
+from benchmarks.gpu_ways import WAYS
 from benchmarks.record import RESULTS, markdown, source, span, wide
 from benchmarks.tables import PAPER, PAPER_LENGTHS
 
@@ -143,6 +150,75 @@ def bradbury() -> str:
     return markdown(DataFrame(lines))
 
 
+# --- the count on paper ----------------------------------------------------------------------------------------------
+
+COUNTED = [name for name in WAYS if "pointwise" not in name]  # that is a single kernel, on CUDA alone
+US_A_LAUNCH = {"eager": 5, "graph": 1}  # this and the next two were taken before anything was measured
+TB_PER_S, TFLOP_PER_S = 3, 50
+
+
+def least_us(work: count.Work, form: str) -> dict[str, float]:
+    """Return the microseconds that a call takes at least by each of the three limits."""
+    return {
+        "launches": work.kernels * US_A_LAUNCH[form],
+        "products": 1e-6 * work.flops / TFLOP_PER_S,
+        "bytes": 1e-6 * work.bytes / TB_PER_S,
+    }
+
+
+def counted() -> str:
+    """Return kernels and bytes of each way to pool, at a shape of T = 512, as a table."""
+    shape, lines = PLAN.shapes[1], DataFrame(index=COUNTED)
+    for backward, part in ((False, "forward"), (True, "forward + backward")):
+        works = [count.pooling(shape, name, backward) for name in COUNTED]
+        lines[f"{part}: kernels"] = [f"{work.kernels:,}" for work in works]
+        lines[f"{part}: bytes a number"] = [f"{work.bytes / math.prod(shape):.0f}" for work in works]
+    return wide(lines, "method")
+
+
+def expected_pooling() -> str:
+    """Return the least time of each way to pool forward, by launches, launches in a graph and bytes, as a table."""
+    lines = DataFrame(index=COUNTED)
+    for shape in PLAN.shapes:
+        lines[str(shape)] = [
+            "not tried" if not_tried(name, shape[1], False, PLAN) else expected(count.pooling(shape, name, False))
+            for name in COUNTED
+        ]
+    return wide(lines, "method")
+
+
+def expected(work: count.Work) -> str:
+    """Return the cell of `expected_pooling` for a way to pool."""
+    eager, graph = (least_us(work, form) for form in US_A_LAUNCH)
+    return f"{eager['launches']:,.0f} / {graph['launches']:,.0f} / {eager['bytes']:,.0f}"
+
+
+def counted_layer() -> str:
+    """Return how many kernels a layer of Fig. 4 launches, and how many bytes they move, for a sentence."""
+    short, long, batch = PLAN.lengths[0], PLAN.lengths[-1], PLAN.batches[-1]
+    (few, many), (few_training, many_training) = (
+        [count.qrnn(batch, length, training) for length in (short, long)] for training in (False, True)
+    )
+    numbers = batch * long * PLAN.width
+    return (
+        f"launches {few.kernels} kernels in inference at T = {short} and {many.kernels} at T = {long}, in training "
+        f"{few_training.kernels} and {many_training.kernels}. At {batch} x {long} they move {many.bytes / numbers:.0f} "
+        f"bytes a number of h in inference and {many_training.bytes / numbers:.0f} in training"
+    )
+
+
+def expected_layer(form: str) -> str:
+    """Return the largest limit of a layer in each cell of Fig. 4, inference / training, as a table."""
+
+    def cell(batch: int, length: int) -> str:
+        limits = (least_us(count.qrnn(batch, length, training), form) for training in (False, True))
+        return " / ".join("{0[0]} {0[1]:,.0f}".format(max(us.items(), key=lambda item: item[1])) for us in limits)
+
+    lines = {batch: [cell(batch, length) for length in PLAN.lengths] for batch in PLAN.batches}
+    table = DataFrame.from_dict(lines, orient="index", columns=list(PLAN.lengths))
+    return wide(table, f"batch, {form} (inference / training)", "T = {:,}".format)
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
     "gpu limits": limits,
     "gpu forward": partial(pooling, "forward"),
@@ -158,5 +234,10 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "gpu compiled inference": partial(compiled, "inference"),
     "gpu compiled training": partial(compiled, "training"),
     "gpu bradbury": bradbury,
+    "gpu count": counted,
+    "gpu expected pooling": expected_pooling,
+    "gpu count of a layer": counted_layer,
+    "gpu expected layer, eager": partial(expected_layer, "eager"),
+    "gpu expected layer, graph": partial(expected_layer, "graph"),
     **{f"gpu source {name}": partial(origin, name) for name in ("methods", "fig4", "bradbury")},
 }

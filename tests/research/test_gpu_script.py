@@ -10,10 +10,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 import torch
 
-from benchmarks import count, gpu
+from benchmarks import gpu
 from benchmarks.gpu import Plan, Record, main
 from benchmarks.gpu_ways import SOLVERS, WAYS
 from qrnn_layer import METHODS
@@ -151,35 +150,6 @@ def test_the_commit_can_be_told(tmp_path, monkeypatch):
         Record(tmp_path / "a.json", "cpu")
         provenance = json.loads((tmp_path / "a.json").read_text())["provenance"]
         assert (provenance["commit"], provenance["dirty"]) == (commit, dirty)
-
-
-# --- the count on paper, as benchmarks/gpu.md has it -----------------------------------------------------------------
-
-FORWARD = {  # method -> kernels and bytes a number, of T steps, for T a power of 2 and at least 64
-    "loop": (lambda length: 2 * length + 2, 40),
-    "log": (lambda length: 10, 92),
-    "closed form, float64, whole": (lambda length: 13, 220),
-    "scan": (lambda length: 5 * length.bit_length() - 3, 68),
-}
-
-
-@pytest.mark.parametrize("length", (64, 512))
-@pytest.mark.parametrize("name", FORWARD)
-def test_the_count_on_paper_is_what_is_dispatched(name, length):
-    kernels, traffic = FORWARD[name]
-    counted = count.pooling((4, length, 8), name, backward=False)
-    assert counted.kernels == kernels(length)
-    edges = 60 * length.bit_length() / length  # of each level of a scan; and h0
-    assert counted.bytes / (4 * length * 8) == pytest.approx(traffic, abs=edges)
-
-
-def test_the_page_has_what_is_counted():
-    text = (ROOT / "benchmarks" / "gpu.md").read_text()
-    for name in WAYS:
-        if name not in POINTWISE:
-            counts = [count.pooling((2, 512, 8), name, backward) for backward in (False, True)]
-            cells = " | ".join(f"{work.kernels:,} | {work.bytes / (2 * 512 * 8):.0f}" for work in counts)
-            assert f"| {name} | {cells} |" in text
 
 
 # --- the script ------------------------------------------------------------------------------------------------------
