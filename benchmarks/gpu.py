@@ -43,7 +43,7 @@ TESTS = ROOT / "tests" / "library" / "test_cuda.py"
 
 @dataclass(frozen=True)
 class Plan:
-    """The sizes of everything that is measured; the budgets are seconds of rounds, for each comparison."""
+    """Hold the sizes of everything that is measured. The budgets are seconds of rounds, for each comparison."""
 
     shapes: tuple[Shape, ...] = ((32, 512, 640), (8, 512, 320), (128, 32, 320), (1, 65_536, 64))
     longest_loop: int = 2048
@@ -63,7 +63,7 @@ PLAN = Plan()
 
 
 class Record:
-    """A JSON file that says where its rows come from, and is written anew whenever some are added."""
+    """Write a JSON file that says where its rows come from, anew whenever some are added."""
 
     def __init__(self, path: Path, device: str) -> None:
         self.path = path
@@ -102,7 +102,7 @@ def graphed(call: Call) -> Call:
 
 
 def peak_mib(call: Call) -> float | None:
-    """MiB that PyTorch allocates on the GPU during a call, at its peak."""
+    """Return the MiB that PyTorch allocates on the GPU during a call, at its peak. Without a GPU: None."""
     if not torch.cuda.is_available():
         return None
     torch.cuda.reset_peak_memory_stats()
@@ -115,7 +115,7 @@ def peak_mib(call: Call) -> float | None:
 
 
 def limits(plan: Plan, device: str) -> list[Row]:
-    """What the machine can do at most: copy, multiply matrices, launch kernels."""
+    """Measure what the machine can do at most: copy, multiply matrices, launch kernels."""
     source, small = torch.randn(plan.copy_size, device=device), torch.zeros(1, device=device)
     target, square = torch.empty_like(source), torch.randn(plan.matrix_size, plan.matrix_size, device=device)
     half = square.bfloat16()
@@ -144,12 +144,12 @@ def limits(plan: Plan, device: str) -> list[Row]:
 
 
 def allow_tf32(allowed: bool) -> None:
-    """Alike for all: by itself PyTorch lets cuDNN's LSTM use TF32 and `F.linear` not."""
+    """Allow or forbid TF32, for all alike: by itself PyTorch lets cuDNN's LSTM use it and `F.linear` not."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
 
 
 def not_tried(name: str, length: int, compiled: bool, plan: Plan) -> str | None:
-    """Why a way is not tried at a length."""
+    """Return why a way is not tried at a length. None: it is."""
     if compiled and name == "torch.associative_scan, generic":
         return "slow to compile: pointwise is compiled instead"
     limit = plan.longest_compiled_loop if compiled else plan.longest_loop
@@ -163,7 +163,7 @@ def forms_of(call: Call, compiled: bool, device: str) -> dict[str, Callable[[], 
 
 
 def errors(result: object, wanted: object) -> list[float]:
-    """Relative L2 error of each array: of a tensor alone, or of those in a tuple."""
+    """Return the relative L2 error of each array: of a tensor alone, or of those in a tuple."""
     pairs = zip(tree_leaves(result), tree_leaves(wanted), strict=True)
     return [((a.double() - b).norm() / b.norm()).item() for a, b in pairs]
 
@@ -205,6 +205,7 @@ def compile_way(function: Way, plan: Plan) -> Way:
 
 
 def methods(plan: Plan, device: str, record: Record) -> None:
+    """Measure the machine's limits, and every way to pool at every shape."""
     record.add("limits", limits(plan, device))
     allow_tf32(False)
     for compiled in (False, True):  # what takes the compiler's time comes last
@@ -219,6 +220,7 @@ LAYERS = ("QRNN", "LSTM")
 
 
 def layer(name: str, width: int, device: str) -> nn.Module:
+    """Build one of the `LAYERS`, as wide as its input."""
     torch.manual_seed(0)
     if name == "LSTM":
         return nn.LSTM(width, width, batch_first=True, device=device)
@@ -240,7 +242,7 @@ def part_of(training: bool) -> str:
 def cell_calls(
     length: int, training: bool, plan: Plan, device: str, compiled: bool, rows: list[Row], **labels: object
 ) -> Iterable[tuple[Row, dict[tuple[str, str], Call]]]:
-    """Prepare the layers at all batch sizes of a length. What cannot be is a row that says why."""
+    """Prepare the layers at all batch sizes of a length. Add to `rows` why what cannot be prepared."""
     layers = {name: layer(name, plan.width, device).train(training) for name in LAYERS}
     fixed_sizes = cast(nn.Module, torch.compile(layers["QRNN"], dynamic=False, backend=plan.backend))
     for batch in plan.batches:
@@ -286,6 +288,7 @@ def grid_rows_or_why_not(plan: Plan, device: str, lock: Path, task: tuple[int, b
 
 
 def measured_cells(cells: Iterable[tuple[Row, dict[tuple[str, str], Call]]], plan: Plan) -> list[Row]:
+    """Measure the calls of each cell."""
     rows = []
     for cell, calls in cells:
         for row in speed_rows(interleaved(calls, plan.cell_budget), **cell):
@@ -302,7 +305,7 @@ def meet_at(barrier: Barrier) -> None:
 
 
 def fig4(plan: Plan, device: str, record: Record) -> None:
-    """Each length and part has a process: all compile at once, and measure one after the other."""
+    """Compare the layers in all cells. Each length and part has a process: all compile at once, and measure in turn."""
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
     lock, tasks = record.path.with_name("gpu.lock"), list(product(plan.lengths, (False, True)))
     work, context = partial(grid_rows_or_why_not, plan, device, lock), multiprocessing.get_context("spawn")
@@ -346,7 +349,7 @@ def compile_method(plan: Plan, device: str, shape: Shape, name: str) -> None:
 
 
 def compiled_row(task: tuple[str, Callable[[], None]]) -> Row:
-    """Compile in a process of its own, and say how long that took."""
+    """Compile in a process of its own, and return how long that took."""
     name, work = task
     started = time.perf_counter()
     try:
@@ -407,7 +410,7 @@ def train(runs: dict[str, list[str]], data: Path, seconds: float, device: str, r
 
 
 def outcome(path: Path, data: Path, device: str) -> Row:
-    """What the run of one model came to. One that was stopped has not read the test split: it does so here."""
+    """Return what the run of one model came to. One that was stopped has not read the test split: it does so here."""
     from experiment import LanguageModelling
     from lab.presets import Config
     from lab.run import load_best, recorded
@@ -429,12 +432,12 @@ def flags(preset: str, model: str) -> list[str]:
 
 
 def bradbury(data: Path, seconds: float, device: str, record: Record) -> None:
-    """The paper's language model on the Penn Treebank, both models at once."""
+    """Train the paper's language model on the Penn Treebank, both models at once."""
     train({model: flags("bradbury", model) for model in ("qrnn", "lstm")}, data, seconds, device, record)
 
 
 def training_steps(plan: Plan, device: str, record: Record) -> None:
-    """Speed of training steps of `girrbach` and `small`, float32 and bf16."""
+    """Measure the speed of training steps of `girrbach` and `small`, in float32 and bf16."""
     from benchmarks.measure import PLAN as WHOLE
     from benchmarks.measure import experiment
 
@@ -447,6 +450,7 @@ MEASURED = {step.__name__: step for step in (compile_methods, tests, methods, fi
 
 
 def main(arguments: Sequence[str], plan: Plan = PLAN) -> int:
+    """Run a step; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("step", choices=(*MEASURED, bradbury.__name__))
     parser.add_argument("folder", type=Path, help="where STEP.json is written")

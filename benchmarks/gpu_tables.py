@@ -1,6 +1,6 @@
-"""The tables of benchmarks/gpu.md: measured ones from research/results/gpu-*.json, which benchmarks/gpu.sh writes.
+"""Make the tables of benchmarks/gpu.md, from research/results/gpu-*.json, which benchmarks/gpu.sh writes.
 
-The others are counted by `benchmarks.count`.
+The count on paper comes from `benchmarks.count`.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def origin(name: str) -> str:
 
 
 def limits() -> str:
-    """What the machine can do."""
+    """Say what the machine can do."""
     rows = frame("methods", "limits").set_index("what")
     rate, launch = rows["tflop_per_s"], rows["us_a_launch"]
     products = ", ".join(f"{rate[f'matrix product, {kind}']:.0f} in {kind}" for kind in ("float32", "TF32", "bfloat16"))
@@ -61,7 +61,7 @@ def limits() -> str:
 
 
 def pooling(part: str) -> str:
-    """Microseconds of each way to pool, in all forms, and the largest error in any of them."""
+    """Return microseconds of each way to pool, in all forms, and the largest error in any of them, as a table."""
     rows = frame("methods", part=part)
     order = rows["what"].unique()
     shapes = list(zip(*(rows[letter] for letter in "BTH"), strict=True))
@@ -78,7 +78,7 @@ def pooling(part: str) -> str:
 
 
 def not_run() -> str:
-    """Which ways have no number at some shape, and why."""
+    """List which ways have no number at some shape, and why."""
     rows = frame("methods").dropna(subset="skipped")
     rows = rows[~rows["form"].fillna("").str.contains("graph")].drop_duplicates(["what", "T", "skipped"])
     reasons = rows.groupby(["what", "skipped"], sort=False)["T"].agg(
@@ -88,7 +88,7 @@ def not_run() -> str:
 
 
 def bandwidth() -> str:
-    """How far the compiled scan is from a copy, for a sentence."""
+    """Say how far the compiled scan is from a copy, for a sentence."""
     rows = frame("methods", part="forward", B=32, T=512)
     copy = rows[rows["what"] == "copy"]["ms"].min()
     scan = rows[(rows["what"] == POINTWISE) & (rows["form"] == "compiled, graph")]["ms"].min()
@@ -100,7 +100,7 @@ def bandwidth() -> str:
 
 
 def grids(part: str, tf32: bool = True) -> dict[str, DataFrame]:
-    """LSTM's time over the QRNN's, a row for each batch size and a column for each length."""
+    """Return the LSTM's time over the QRNN's by form: a row for each batch size, a column for each length."""
     rows = frame("fig4", part=part, tf32=tf32)
     times = {key: group.pivot(index="B", columns="T", values="ms") for key, group in rows.groupby(["what", "form"])}
     pairs = COMPARED if tf32 else {"eager": COMPARED["eager"], "graph": ("eager, graph", "eager, graph")}
@@ -108,7 +108,7 @@ def grids(part: str, tf32: bool = True) -> dict[str, DataFrame]:
 
 
 def grid(part: str) -> str:
-    """All of these in one table; in inference the paper's own first."""
+    """Return the LSTM's time over the QRNN's as a table, all forms in a cell. In inference the paper's stands first."""
     tables = grids(part)
     if part == "inference":
         paper = DataFrame.from_dict(PAPER, orient="index", columns=list(PAPER_LENGTHS), dtype=float)
@@ -118,12 +118,12 @@ def grid(part: str) -> str:
 
 
 def ranges(part: str, tf32: bool = True) -> str:
-    """The smallest and the largest ratio of each form, for a sentence."""
+    """Return the smallest and the largest ratio of the two times in each form, for a sentence."""
     return ", ".join(f"{name} {span(table.stack())}" for name, table in grids(part, tf32).items())
 
 
 def compiled(part: str) -> str:
-    """The same of the compiled QRNN alone."""
+    """Return the smallest and the largest ratio of the compiled QRNN alone, for a sentence."""
     return span(grids(part)["compiled"].stack())
 
 
@@ -131,7 +131,7 @@ def compiled(part: str) -> str:
 
 
 def bradbury() -> str:
-    """Both models, at the last epoch that both reached and at the best one of each."""
+    """Compare the language models at the last epoch that both reached and at the best one of each, as a table."""
     results = [row["result"] for row in content("bradbury")["rows"]]
     both = min(len(result["epochs"]) for result in results)
     lines = []
