@@ -11,14 +11,13 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import pandas as pd
 from pandas import DataFrame, Series
 
 from benchmarks import count
 from benchmarks.gpu import PLAN, not_tried
 from benchmarks.gpu_ways import WAYS
 from benchmarks.record import RESULTS, markdown, source, span, wide
-from benchmarks.tables import PAPER, PAPER_LENGTHS
+from benchmarks.tables import paper, side_by_side
 
 FORMS = ("eager", "eager, graph", "compiled", "compiled, graph")
 COMPARED = {  # name -> form of the LSTM, form of the QRNN
@@ -111,10 +110,8 @@ def grid(part: str) -> str:
     """Return the LSTM's time over the QRNN's as a table, all forms in a cell. In inference the paper's stands first."""
     tables = grids(part)
     if part == "inference":
-        paper = DataFrame.from_dict(PAPER, orient="index", columns=list(PAPER_LENGTHS), dtype=float)
-        tables = {"the paper": paper, **tables}
-    cells = pd.concat({name: table.map("{:.1f}".format) for name, table in tables.items()})
-    return wide(cells.groupby(level=1).agg(" / ".join), f"batch, {part} ({' / '.join(tables)})", "T = {:,}".format)
+        tables = {"the paper": paper(), **tables}
+    return side_by_side(tables, f"batch, {part}")
 
 
 def ranges(part: str, tf32: bool = True) -> str:

@@ -182,17 +182,25 @@ def paper_speed(benchmark: Benchmark) -> dict[str, DataFrame]:
     rows = benchmark.measured("paper")
     grids = {}
     if benchmark.origin["machine"]["gpu"]:
-        grids["the paper, inference"] = DataFrame.from_dict(PAPER, orient="index", columns=list(PAPER_LENGTHS))
+        grids["the paper, inference"] = paper()
     measured = ratios(rows, "LSTM", "QRNN")
     return grids | {place[0]: cells.unstack("T") for place, cells in measured.iterrows()}
 
 
+def paper() -> DataFrame:
+    """Return the paper's own numbers, inference: a row for each batch size, a column for each length."""
+    return DataFrame.from_dict(PAPER, orient="index", columns=list(PAPER_LENGTHS))
+
+
+def side_by_side(grids: dict[str, DataFrame], batch: str) -> str:
+    """Return grids as one table that has a number of each in every cell; `batch` heads the batch sizes."""
+    cells = pd.concat({name: grid.map("{:.1f}".format) for name, grid in grids.items()})
+    return wide(cells.groupby(level=1).agg(" / ".join), f"{batch} ({' / '.join(grids)})", "T = {:,}".format)
+
+
 def paper_grid(benchmark: Benchmark) -> str:
     """Return the grids of `paper_speed` in one table."""
-    grids = paper_speed(benchmark)
-    cells = pd.concat({name: grid.map("{:.1f}".format) for name, grid in grids.items()})
-    cells = cells.groupby(level=1).agg(" / ".join)
-    return wide(cells, f"batch ({' / '.join(grids)})", "T = {:,}".format)
+    return side_by_side(paper_speed(benchmark), "batch")
 
 
 def experiment_speed(benchmark: Benchmark) -> str:
