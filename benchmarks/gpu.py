@@ -74,7 +74,7 @@ class Record:
 
     def add(self, table: str, rows: Iterable[Row]) -> None:
         self.content.setdefault(table, []).extend(rows)
-        aside = self.path.with_suffix(".json.part")
+        aside = self.path.with_suffix(".json.part")  # not by `lab.checkpoint`, which needs more than PyTorch
         aside.write_text(json.dumps(self.content, indent=1) + "\n")
         aside.replace(self.path)
 
@@ -101,7 +101,7 @@ def graphed(call: Call) -> Call:
     return replay
 
 
-def peak_mib(call: Call) -> float | None:
+def allocated_mib(call: Call) -> float | None:
     """Return the MiB that PyTorch allocates on the GPU during a call, at its peak. Without a GPU: None."""
     if not torch.cuda.is_available():
         return None
@@ -190,7 +190,7 @@ def method_rows(shape: Shape, compiled: bool, plan: Plan, device: str) -> list[R
                     made = make()
                     facts[name, form] = {"errors": errors(made(), wanted)}
                     if "graph" not in form:  # a graph has its memory from the start
-                        facts[name, form]["mib"] = peak_mib(made)
+                        facts[name, form]["mib"] = allocated_mib(made)
                     calls[name, form] = made
                 except Exception as error:  # prototypes and compilers: anything can go wrong
                     rows.append(cell | {"what": name, "form": form, "skipped": one_line(error)})

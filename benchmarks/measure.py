@@ -188,7 +188,7 @@ def precision(plan: Plan, device: str, budget: float) -> list[Row]:
 # --- pooling ---------------------------------------------------------------------------------------------------------
 
 
-def pool_call(shape: Shape, name: str, dtype: str, backward: bool, device: str) -> Callable[[], object]:
+def pool_call(shape: Shape, name: str, dtype: str, backward: bool, device: str) -> Call:
     """Return a call that pools random gates in one way, forward alone or with the backward pass.
 
     Raises:
@@ -197,7 +197,7 @@ def pool_call(shape: Shape, name: str, dtype: str, backward: bool, device: str) 
     return call_way(load(name, device), gates(shape, 0.0, device, DTYPES[dtype]), backward)
 
 
-def call_way(way: Way, problem: Problem, backward: bool) -> Callable[[], object]:
+def call_way(way: Way, problem: Problem, backward: bool) -> Call:
     if backward:
         return partial(gradients, way, problem, torch.randn_like(problem[0]))
     return torch.no_grad()(partial(way, *problem))
@@ -276,7 +276,7 @@ def pooling(plan: Plan, device: str, budget: float) -> list[Row]:
 # --- layers ----------------------------------------------------------------------------------------------------------
 
 
-def layer_call(shape: Shape, name: str, part: str, device: str) -> Callable[[], object]:
+def layer_call(shape: Shape, name: str, part: str, device: str) -> Call:
     """Return a call of a layer as wide as its input, on random numbers. Step by step it carries the state on."""
     batch, time, width = shape
     layer = LAYERS[name](width).to(device)
@@ -381,7 +381,7 @@ def experiment(plan: Plan, device: str, budget: float) -> list[Row]:
     return rows
 
 
-def stack_call(stack: nn.Module, x: Tensor) -> Callable[[], object]:
+def stack_call(stack: nn.Module, x: Tensor) -> Call:
     """Return a call of a stack forward and backward, with the gradient of the input."""
     return lambda: torch.autograd.grad(stack(x)[0].sum(), [x, *stack.parameters()])
 

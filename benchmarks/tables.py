@@ -24,7 +24,7 @@ PAPER = {  # batch size -> times as fast as cuDNN's LSTM at each length, inferen
     128: (2.1, 1.9, 2.0, 2.0, 2.4),
     256: (1.4, 1.4, 1.3, 1.3, 1.3),
 }
-LIMITS = {"copy": "gb_per_s", "matrix product": "gflop_per_s"}  # of the machine
+LIMITS = {"copy": ("gb_per_s", "GB/s"), "matrix product": ("gflop_per_s", "GFLOP/s")}  # of the machine
 COMMAND = "python -m benchmarks"
 
 
@@ -257,8 +257,7 @@ def roofline(benchmark: Benchmark) -> str:
     measured = benchmark.measured("roofline")
     rows = measured.set_index("what")
     lines = DataFrame({"ms": rows["ms"].map("{:,.1f}".format)})
-    for limit, value in LIMITS.items():
-        unit = {"gb_per_s": "GB/s", "gflop_per_s": "GFLOP/s"}[value]
+    for limit, (value, unit) in LIMITS.items():
         part = rows[value] / rows.loc[limit, value].max()
         lines[f"{unit} (of a {limit}'s)"] = [
             f"{rate:,.3g} ({share:.0%})" if rate else "" for rate, share in zip(rows[value], part, strict=True)

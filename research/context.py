@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from benchmarks.record import RESULTS
 from experiment import build_model, evaluation_batches
 from lab.batches import build_vocabulary, encode
 from lab.checkpoint import write_file
@@ -35,7 +36,7 @@ from lab.run import RUNS, load_best
 from lab.run_folder import ModelFolder
 from lab.settings import InputError
 from lab.training import evaluate, perplexity
-from research.jobs import RESULTS, ROOT, corpus_folder, finished, identify
+from research.jobs import ROOT, corpus_folder, finished, identify
 from research.studies import STUDIES
 
 COMPARED = ("ptb_short", "ptb")

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
+from benchmarks.record import RESULTS
 from lab.checkpoint import write_file
 from lab.command_line import parse
 from lab.provenance import provenance
@@ -21,7 +22,6 @@ from lab.settings import InputError
 from research.experiments import EXPERIMENTS, LANGUAGE, Experiment
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "research" / "results"
 AT_A_TIME = 2
 
 
