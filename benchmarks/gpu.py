@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import fcntl
 import json
-import math
 import multiprocessing
 import os
 import signal
@@ -30,23 +29,21 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from benchmarks.gpu_ways import WAYS, Way, pooling_call, problem_of, way
 from benchmarks.instruments import Call, Row, Shape, interleaved, speed_rows
 from benchmarks.peers import one_line
 from lab.provenance import provenance
-from qrnn_layer import METHODS, QRNNLayer, _closed_form_of_any_sign, _recurrence, _scan
+from qrnn_layer import QRNNLayer
 
 ROOT = Path(__file__).parents[1]
 TESTS = ROOT / "tests" / "library" / "test_cuda.py"
-Problem = tuple[Tensor, Tensor, Tensor]  # log_f and x > 0, (B, T, H), and h0, (B, H)
-Way = Callable[[Tensor, Tensor, Tensor], Tensor]  # of a problem -> h, (B, T, H)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The sizes of everything that is measured; the budgets are seconds of rounds, for each comparison."""
+    """Hold the sizes of everything that is measured. The budgets are seconds of rounds, for each comparison."""
 
     shapes: tuple[Shape, ...] = ((32, 512, 640), (8, 512, 320), (128, 32, 320), (1, 65_536, 64))
     longest_loop: int = 2048
@@ -66,7 +63,7 @@ PLAN = Plan()
 
 
 class Record:
-    """A JSON file that says where its rows come from, and is written anew whenever some are added."""
+    """Write a JSON file that says where its rows come from, anew whenever some are added."""
 
     def __init__(self, path: Path, device: str) -> None:
         self.path = path
@@ -77,109 +74,12 @@ class Record:
 
     def add(self, table: str, rows: Iterable[Row]) -> None:
         self.content.setdefault(table, []).extend(rows)
-        aside = self.path.with_suffix(".json.part")
+        aside = self.path.with_suffix(".json.part")  # not by `lab.checkpoint`, which needs more than PyTorch
         aside.write_text(json.dumps(self.content, indent=1) + "\n")
         aside.replace(self.path)
 
 
-# --- the ways to pool ------------------------------------------------------------------------------------------------
-
-
-def _float32_blocks(log_f: Tensor, x: Tensor, h0: Tensor, floor: float) -> Tensor:
-    """The closed form in float32 blocks of 16, short enough for its logs to keep their digits."""
-    log_f, x = (array.unflatten(1, (-1, 16)) for array in (log_f, x))
-    h, c = _closed_form_of_any_sign(log_f, x, floor)
-    ends = _scan(c[:, :, -1], h[:, :, -1], h0)
-    starts = torch.cat([h0.unsqueeze(1), ends[:, :-1]], dim=1).unsqueeze(2)
-    return torch.addcmul(h, c.exp(), starts).flatten(1, 2)
-
-
-def _whole_in_float64(log_f: Tensor, x: Tensor, h0: Tensor, floor: float) -> Tensor:
-    """The closed form of the whole sequence at once."""
-    h, c = _closed_form_of_any_sign(log_f.double(), x.double(), floor)
-    return (h + c.exp() * h0.unsqueeze(1)).to(x.dtype)
-
-
-def _associated(mode: str, log_f: Tensor, x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """Return the running sums of log_f, and h from h_0 = 0."""
-    from torch._higher_order_ops import associative_scan  # a prototype: not public yet
-
-    def combine(left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        return left[0] + right[0], right[0].exp() * left[1] + right[1]
-
-    return cast(tuple[Tensor, Tensor], associative_scan(combine, (log_f, x), dim, combine_mode=mode))
-
-
-def _associative_scan(mode: str, log_f: Tensor, x: Tensor, h0: Tensor, floor: float) -> Tensor:
-    c, h = _associated(mode, log_f, x, 1)
-    return h + c.exp() * h0.unsqueeze(1)
-
-
-def _associative_blocks(size: int, log_f: Tensor, x: Tensor, h0: Tensor, floor: float) -> Tensor:
-    """Scans inside blocks, which are parallel also for one long sequence, and one from block to block."""
-    size = min(size, x.shape[1])
-    c, h = _associated("pointwise", log_f.unflatten(1, (-1, size)), x.unflatten(1, (-1, size)), 2)
-    ends = _associative_scan("pointwise", c[:, :, -1], h[:, :, -1], h0, floor)
-    starts = torch.cat([h0.unsqueeze(1), ends[:, :-1]], dim=1).unsqueeze(2)
-    return torch.addcmul(h, c.exp(), starts).flatten(1, 2)
-
-
-SOLVERS: dict[str, Callable[..., Tensor]] = {
-    "closed form, float32 blocks of 16": _float32_blocks,
-    "closed form, float64, whole": _whole_in_float64,
-    "torch.associative_scan, generic": partial(_associative_scan, "generic"),
-    "torch.associative_scan, pointwise": partial(_associative_scan, "pointwise"),  # one kernel; compiled on CUDA only
-    "torch.associative_scan, pointwise, blocks of 64": partial(_associative_blocks, 64),
-}
-
-
-class Derived(torch.autograd.Function):
-    """A solver with the derived backward pass of `qrnn_layer._Pool`."""
-
-    @staticmethod
-    def forward(ctx, log_f: Tensor, x: Tensor, h0: Tensor, solver: str) -> Tensor:
-        h = SOLVERS[solver](log_f, x, h0, floor=0)
-        ctx.solver = solver
-        ctx.save_for_backward(log_f, h0, h)
-        return h
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        log_f, h0, h = ctx.saved_tensors
-        log_f_next = torch.cat([log_f[:, :1], log_f[:, 1:].flip(1)], dim=1)
-        delta = SOLVERS[ctx.solver](log_f_next, grad.flip(1), torch.zeros_like(h0), floor=-math.inf).flip(1)
-        f_delta = log_f.exp() * delta
-        return f_delta * torch.cat([h0.unsqueeze(1), h[:, :-1]], dim=1), delta, f_delta[:, 0], None
-
-
-def way(name: str) -> Way:
-    if name in SOLVERS:
-        return lambda log_f, x, h0: Derived.apply(log_f, x, h0, name)
-    return lambda log_f, x, h0: _recurrence(log_f, x, h0, name, 64, floor=0)
-
-
-WAYS: dict[str, Way] = {name: way(name) for name in (*METHODS, *SOLVERS)}
-
-
-def problem_of(shape: Shape, device: str) -> Problem:
-    """The gates and inputs of a layer of the mode "fo" with softplus, on random numbers."""
-    torch.manual_seed(0)
-    a, b = torch.randn(2, *shape, device=device)
-    h0 = torch.rand(shape[0], shape[2], device=device)
-    return nn.functional.logsigmoid(a), torch.sigmoid(-a) * nn.functional.softplus(b), h0
-
-
-def pooling_call(way: Way, problem: Problem, backward: bool) -> Call:
-    """Return a call that gives h or, with `backward`, the gradients of all arguments."""
-    if not backward:
-        return torch.no_grad()(partial(way, *problem))
-    weights = torch.linspace(-1, 1, problem[0].numel(), device=problem[0].device).view_as(problem[0])
-
-    def call() -> tuple[Tensor, ...]:
-        leaves = [array.detach().requires_grad_() for array in problem]
-        return torch.autograd.grad(way(*leaves), leaves, weights)
-
-    return call
+# --- calls on a GPU --------------------------------------------------------------------------------------------------
 
 
 def graphed(call: Call) -> Call:
@@ -201,8 +101,8 @@ def graphed(call: Call) -> Call:
     return replay
 
 
-def peak_mib(call: Call) -> float | None:
-    """MiB that PyTorch allocates on the GPU during a call, at its peak."""
+def allocated_mib(call: Call) -> float | None:
+    """Return the MiB that PyTorch allocates on the GPU during a call, at its peak. Without a GPU: None."""
     if not torch.cuda.is_available():
         return None
     torch.cuda.reset_peak_memory_stats()
@@ -215,7 +115,7 @@ def peak_mib(call: Call) -> float | None:
 
 
 def limits(plan: Plan, device: str) -> list[Row]:
-    """What the machine can do at most: copy, multiply matrices, launch kernels."""
+    """Measure what the machine can do at most: copy, multiply matrices, launch kernels."""
     source, small = torch.randn(plan.copy_size, device=device), torch.zeros(1, device=device)
     target, square = torch.empty_like(source), torch.randn(plan.matrix_size, plan.matrix_size, device=device)
     half = square.bfloat16()
@@ -244,12 +144,12 @@ def limits(plan: Plan, device: str) -> list[Row]:
 
 
 def allow_tf32(allowed: bool) -> None:
-    """Alike for all: by itself PyTorch lets cuDNN's LSTM use TF32 and `F.linear` not."""
+    """Allow or forbid TF32, for all alike: by itself PyTorch lets cuDNN's LSTM use it and `F.linear` not."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
 
 
 def not_tried(name: str, length: int, compiled: bool, plan: Plan) -> str | None:
-    """Why a way is not tried at a length."""
+    """Return why a way is not tried at a length. None: it is."""
     if compiled and name == "torch.associative_scan, generic":
         return "slow to compile: pointwise is compiled instead"
     limit = plan.longest_compiled_loop if compiled else plan.longest_loop
@@ -263,7 +163,7 @@ def forms_of(call: Call, compiled: bool, device: str) -> dict[str, Callable[[], 
 
 
 def errors(result: object, wanted: object) -> list[float]:
-    """Relative L2 error of each array: of a tensor alone, or of those in a tuple."""
+    """Return the relative L2 error of each array: of a tensor alone, or of those in a tuple."""
     pairs = zip(tree_leaves(result), tree_leaves(wanted), strict=True)
     return [((a.double() - b).norm() / b.norm()).item() for a, b in pairs]
 
@@ -290,7 +190,7 @@ def method_rows(shape: Shape, compiled: bool, plan: Plan, device: str) -> list[R
                     made = make()
                     facts[name, form] = {"errors": errors(made(), wanted)}
                     if "graph" not in form:  # a graph has its memory from the start
-                        facts[name, form]["mib"] = peak_mib(made)
+                        facts[name, form]["mib"] = allocated_mib(made)
                     calls[name, form] = made
                 except Exception as error:  # prototypes and compilers: anything can go wrong
                     rows.append(cell | {"what": name, "form": form, "skipped": one_line(error)})
@@ -305,6 +205,7 @@ def compile_way(function: Way, plan: Plan) -> Way:
 
 
 def methods(plan: Plan, device: str, record: Record) -> None:
+    """Measure the machine's limits, and every way to pool at every shape."""
     record.add("limits", limits(plan, device))
     allow_tf32(False)
     for compiled in (False, True):  # what takes the compiler's time comes last
@@ -319,6 +220,7 @@ LAYERS = ("QRNN", "LSTM")
 
 
 def layer(name: str, width: int, device: str) -> nn.Module:
+    """Build one of the `LAYERS`, as wide as its input."""
     torch.manual_seed(0)
     if name == "LSTM":
         return nn.LSTM(width, width, batch_first=True, device=device)
@@ -340,7 +242,7 @@ def part_of(training: bool) -> str:
 def cell_calls(
     length: int, training: bool, plan: Plan, device: str, compiled: bool, rows: list[Row], **labels: object
 ) -> Iterable[tuple[Row, dict[tuple[str, str], Call]]]:
-    """Prepare the layers at all batch sizes of a length. What cannot be is a row that says why."""
+    """Prepare the layers at all batch sizes of a length. Add to `rows` why what cannot be prepared."""
     layers = {name: layer(name, plan.width, device).train(training) for name in LAYERS}
     fixed_sizes = cast(nn.Module, torch.compile(layers["QRNN"], dynamic=False, backend=plan.backend))
     for batch in plan.batches:
@@ -386,6 +288,7 @@ def grid_rows_or_why_not(plan: Plan, device: str, lock: Path, task: tuple[int, b
 
 
 def measured_cells(cells: Iterable[tuple[Row, dict[tuple[str, str], Call]]], plan: Plan) -> list[Row]:
+    """Measure the calls of each cell."""
     rows = []
     for cell, calls in cells:
         for row in speed_rows(interleaved(calls, plan.cell_budget), **cell):
@@ -402,7 +305,7 @@ def meet_at(barrier: Barrier) -> None:
 
 
 def fig4(plan: Plan, device: str, record: Record) -> None:
-    """Each length and part has a process: all compile at once, and measure one after the other."""
+    """Compare the layers in all cells. Each length and part has a process: all compile at once, and measure in turn."""
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
     lock, tasks = record.path.with_name("gpu.lock"), list(product(plan.lengths, (False, True)))
     work, context = partial(grid_rows_or_why_not, plan, device, lock), multiprocessing.get_context("spawn")
@@ -446,7 +349,7 @@ def compile_method(plan: Plan, device: str, shape: Shape, name: str) -> None:
 
 
 def compiled_row(task: tuple[str, Callable[[], None]]) -> Row:
-    """Compile in a process of its own, and say how long that took."""
+    """Compile in a process of its own, and return how long that took."""
     name, work = task
     started = time.perf_counter()
     try:
@@ -507,7 +410,7 @@ def train(runs: dict[str, list[str]], data: Path, seconds: float, device: str, r
 
 
 def outcome(path: Path, data: Path, device: str) -> Row:
-    """What the run of one model came to. One that was stopped has not read the test split: it does so here."""
+    """Return what the run of one model came to. One that was stopped has not read the test split: it does so here."""
     from experiment import LanguageModelling
     from lab.presets import Config
     from lab.run import load_best, recorded
@@ -529,57 +432,16 @@ def flags(preset: str, model: str) -> list[str]:
 
 
 def bradbury(data: Path, seconds: float, device: str, record: Record) -> None:
-    """The paper's language model on the Penn Treebank, both models at once."""
+    """Train the paper's language model on the Penn Treebank, both models at once."""
     train({model: flags("bradbury", model) for model in ("qrnn", "lstm")}, data, seconds, device, record)
 
 
 def training_steps(plan: Plan, device: str, record: Record) -> None:
-    """Speed of training steps of `girrbach` and `small`, float32 and bf16."""
+    """Measure the speed of training steps of `girrbach` and `small`, in float32 and bf16."""
     from benchmarks.measure import PLAN as WHOLE
     from benchmarks.measure import experiment
 
     record.add("rows", experiment(WHOLE, device, plan.budget))
-
-
-# --- the count on paper ----------------------------------------------------------------------------------------------
-
-
-class Count(TorchDispatchMode):
-    """Count the kernels that calls launch, and the bytes that these read and write: one kernel an operation.
-
-    Views cost nothing. An argument is read once and a result written once; what is repeated without a copy counts once.
-    """
-
-    FILLS = ("aten::copy_", "aten::fill_", "aten::zero_")  # do not read what they fill
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.launches = self.bytes = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        name = func._schema.name
-        if not func.is_view and "empty" not in name:
-            read = args[1:] if name in self.FILLS else args
-            self.launches += 1
-            self.bytes += sum(map(stored_bytes, tree_leaves((read, kwargs, result))))
-        return result
-
-
-def stored_bytes(array: object) -> int:
-    """Bytes of an array in memory, 0 for anything else."""
-    if not isinstance(array, Tensor):
-        return 0
-    sizes = (size for size, stride in zip(array.shape, array.stride(), strict=True) if stride)
-    return math.prod(sizes) * array.element_size()
-
-
-def count(shape: Shape, name: str, backward: bool) -> tuple[int, float]:
-    """Return how many kernels a way to pool launches, and how many bytes they move a number of h."""
-    call = pooling_call(WAYS[name], problem_of(shape, "cpu"), backward)
-    with Count() as counted:
-        call()
-    return counted.launches, counted.bytes / math.prod(shape)
 
 
 # --- the command line ------------------------------------------------------------------------------------------------
@@ -588,6 +450,7 @@ MEASURED = {step.__name__: step for step in (compile_methods, tests, methods, fi
 
 
 def main(arguments: Sequence[str], plan: Plan = PLAN) -> int:
+    """Run a step; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("step", choices=(*MEASURED, bradbury.__name__))
     parser.add_argument("folder", type=Path, help="where STEP.json is written")

@@ -1,17 +1,23 @@
-"""The tables of benchmarks/gpu.md, made from research/results/gpu-*.json, which benchmarks/gpu.sh writes."""
+"""Make the tables of benchmarks/gpu.md, from research/results/gpu-*.json, which benchmarks/gpu.sh writes.
+
+The count on paper comes from `benchmarks.count`.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import pandas as pd
 from pandas import DataFrame, Series
 
+from benchmarks import count
+from benchmarks.gpu import PLAN, not_tried
+from benchmarks.gpu_ways import WAYS
 from benchmarks.record import RESULTS, markdown, source, span, wide
-from benchmarks.tables import PAPER, PAPER_LENGTHS
+from benchmarks.tables import paper, side_by_side
 
 FORMS = ("eager", "eager, graph", "compiled", "compiled, graph")
 COMPARED = {  # name -> form of the LSTM, form of the QRNN
@@ -43,7 +49,7 @@ def origin(name: str) -> str:
 
 
 def limits() -> str:
-    """What the machine can do."""
+    """Say what the machine can do."""
     rows = frame("methods", "limits").set_index("what")
     rate, launch = rows["tflop_per_s"], rows["us_a_launch"]
     products = ", ".join(f"{rate[f'matrix product, {kind}']:.0f} in {kind}" for kind in ("float32", "TF32", "bfloat16"))
@@ -54,7 +60,7 @@ def limits() -> str:
 
 
 def pooling(part: str) -> str:
-    """Microseconds of each way to pool, in all forms, and the largest error in any of them."""
+    """Return microseconds of each way to pool, in all forms, and the largest error in any of them, as a table."""
     rows = frame("methods", part=part)
     order = rows["what"].unique()
     shapes = list(zip(*(rows[letter] for letter in "BTH"), strict=True))
@@ -71,7 +77,7 @@ def pooling(part: str) -> str:
 
 
 def not_run() -> str:
-    """Which ways have no number at some shape, and why."""
+    """List which ways have no number at some shape, and why."""
     rows = frame("methods").dropna(subset="skipped")
     rows = rows[~rows["form"].fillna("").str.contains("graph")].drop_duplicates(["what", "T", "skipped"])
     reasons = rows.groupby(["what", "skipped"], sort=False)["T"].agg(
@@ -81,7 +87,7 @@ def not_run() -> str:
 
 
 def bandwidth() -> str:
-    """How far the compiled scan is from a copy, for a sentence."""
+    """Say how far the compiled scan is from a copy, for a sentence."""
     rows = frame("methods", part="forward", B=32, T=512)
     copy = rows[rows["what"] == "copy"]["ms"].min()
     scan = rows[(rows["what"] == POINTWISE) & (rows["form"] == "compiled, graph")]["ms"].min()
@@ -93,7 +99,7 @@ def bandwidth() -> str:
 
 
 def grids(part: str, tf32: bool = True) -> dict[str, DataFrame]:
-    """LSTM's time over the QRNN's, a row for each batch size and a column for each length."""
+    """Return the LSTM's time over the QRNN's by form: a row for each batch size, a column for each length."""
     rows = frame("fig4", part=part, tf32=tf32)
     times = {key: group.pivot(index="B", columns="T", values="ms") for key, group in rows.groupby(["what", "form"])}
     pairs = COMPARED if tf32 else {"eager": COMPARED["eager"], "graph": ("eager, graph", "eager, graph")}
@@ -101,22 +107,20 @@ def grids(part: str, tf32: bool = True) -> dict[str, DataFrame]:
 
 
 def grid(part: str) -> str:
-    """All of these in one table; in inference the paper's own first."""
+    """Return the LSTM's time over the QRNN's as a table, all forms in a cell. In inference the paper's stands first."""
     tables = grids(part)
     if part == "inference":
-        paper = DataFrame.from_dict(PAPER, orient="index", columns=list(PAPER_LENGTHS), dtype=float)
-        tables = {"the paper": paper, **tables}
-    cells = pd.concat({name: table.map("{:.1f}".format) for name, table in tables.items()})
-    return wide(cells.groupby(level=1).agg(" / ".join), f"batch, {part} ({' / '.join(tables)})", "T = {:,}".format)
+        tables = {"the paper": paper(), **tables}
+    return side_by_side(tables, f"batch, {part}")
 
 
 def ranges(part: str, tf32: bool = True) -> str:
-    """The smallest and the largest ratio of each form, for a sentence."""
+    """Return the smallest and the largest ratio of the two times in each form, for a sentence."""
     return ", ".join(f"{name} {span(table.stack())}" for name, table in grids(part, tf32).items())
 
 
 def compiled(part: str) -> str:
-    """The same of the compiled QRNN alone."""
+    """Return the smallest and the largest ratio of the compiled QRNN alone, for a sentence."""
     return span(grids(part)["compiled"].stack())
 
 
@@ -124,7 +128,7 @@ def compiled(part: str) -> str:
 
 
 def bradbury() -> str:
-    """Both models, at the last epoch that both reached and at the best one of each."""
+    """Compare the language models at the last epoch that both reached and at the best one of each, as a table."""
     results = [row["result"] for row in content("bradbury")["rows"]]
     both = min(len(result["epochs"]) for result in results)
     lines = []
@@ -143,6 +147,75 @@ def bradbury() -> str:
     return markdown(DataFrame(lines))
 
 
+# --- the count on paper ----------------------------------------------------------------------------------------------
+
+COUNTED = [name for name in WAYS if "pointwise" not in name]  # that is a single kernel, on CUDA alone
+US_A_LAUNCH = {"eager": 5, "graph": 1}  # this and the next two were taken before anything was measured
+TB_PER_S, TFLOP_PER_S = 3, 50
+
+
+def least_us(work: count.Work, form: str) -> dict[str, float]:
+    """Return the microseconds that a call takes at least by each of the three limits."""
+    return {
+        "launches": work.kernels * US_A_LAUNCH[form],
+        "products": 1e-6 * work.flops / TFLOP_PER_S,
+        "bytes": 1e-6 * work.bytes / TB_PER_S,
+    }
+
+
+def counted() -> str:
+    """Return kernels and bytes of each way to pool, at a shape of T = 512, as a table."""
+    shape, lines = PLAN.shapes[1], DataFrame(index=COUNTED)
+    for backward, part in ((False, "forward"), (True, "forward + backward")):
+        works = [count.pooling(shape, name, backward) for name in COUNTED]
+        lines[f"{part}: kernels"] = [f"{work.kernels:,}" for work in works]
+        lines[f"{part}: bytes a number"] = [f"{work.bytes / math.prod(shape):.0f}" for work in works]
+    return wide(lines, "method")
+
+
+def expected_pooling() -> str:
+    """Return the least time of each way to pool forward, by launches, launches in a graph and bytes, as a table."""
+    lines = DataFrame(index=COUNTED)
+    for shape in PLAN.shapes:
+        lines[str(shape)] = [
+            "not tried" if not_tried(name, shape[1], False, PLAN) else expected(count.pooling(shape, name, False))
+            for name in COUNTED
+        ]
+    return wide(lines, "method")
+
+
+def expected(work: count.Work) -> str:
+    """Return the cell of `expected_pooling` for a way to pool."""
+    eager, graph = (least_us(work, form) for form in US_A_LAUNCH)
+    return f"{eager['launches']:,.0f} / {graph['launches']:,.0f} / {eager['bytes']:,.0f}"
+
+
+def counted_layer() -> str:
+    """Return how many kernels a layer of Fig. 4 launches, and how many bytes they move, for a sentence."""
+    short, long, batch = PLAN.lengths[0], PLAN.lengths[-1], PLAN.batches[-1]
+    (few, many), (few_training, many_training) = (
+        [count.qrnn(batch, length, training) for length in (short, long)] for training in (False, True)
+    )
+    numbers = batch * long * PLAN.width
+    return (
+        f"launches {few.kernels} kernels in inference at T = {short} and {many.kernels} at T = {long}, in training "
+        f"{few_training.kernels} and {many_training.kernels}. At {batch} x {long} they move {many.bytes / numbers:.0f} "
+        f"bytes a number of h in inference and {many_training.bytes / numbers:.0f} in training"
+    )
+
+
+def expected_layer(form: str) -> str:
+    """Return the largest limit of a layer in each cell of Fig. 4, inference / training, as a table."""
+
+    def cell(batch: int, length: int) -> str:
+        limits = (least_us(count.qrnn(batch, length, training), form) for training in (False, True))
+        return " / ".join("{0[0]} {0[1]:,.0f}".format(max(us.items(), key=lambda item: item[1])) for us in limits)
+
+    lines = {batch: [cell(batch, length) for length in PLAN.lengths] for batch in PLAN.batches}
+    table = DataFrame.from_dict(lines, orient="index", columns=list(PLAN.lengths))
+    return wide(table, f"batch, {form} (inference / training)", "T = {:,}".format)
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
     "gpu limits": limits,
     "gpu forward": partial(pooling, "forward"),
@@ -158,5 +231,10 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "gpu compiled inference": partial(compiled, "inference"),
     "gpu compiled training": partial(compiled, "training"),
     "gpu bradbury": bradbury,
+    "gpu count": counted,
+    "gpu expected pooling": expected_pooling,
+    "gpu count of a layer": counted_layer,
+    "gpu expected layer, eager": partial(expected_layer, "eager"),
+    "gpu expected layer, graph": partial(expected_layer, "graph"),
     **{f"gpu source {name}": partial(origin, name) for name in ("methods", "fig4", "bradbury")},
 }

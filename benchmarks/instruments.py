@@ -1,4 +1,4 @@
-"""Instruments of the benchmark: how long calls take, how much memory, and which operations take the time."""
+"""Measure how long calls take, how much memory, and which operations take the time."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ COPIES = ("aten::copy_", "aten::cat", "aten::flip", "aten::fill_", "aten::zero_"
 
 
 def interleaved(calls: Mapping[Name, Call], budget: float) -> dict[Name, list[float]]:
-    """Seconds of each call in each round. In a round they take turns, so that a busy machine slows all of them alike.
+    """Return the seconds of each call in each round. They take turns, so that a busy machine slows all of them alike.
 
     Args:
         calls: by name. Each is called before the first round, to warm up; if that takes less than a second, once more,
@@ -55,7 +55,7 @@ def interleaved(calls: Mapping[Name, Call], budget: float) -> dict[Name, list[fl
 
 
 def speed_rows(times: dict[Name, list[float]], **labels: object) -> list[Row]:
-    """For each call the median and the quartiles of its rounds, in milliseconds, and how many threads it had."""
+    """Return a row for each call: median and quartiles of its rounds, in milliseconds, and how many threads it had."""
     rows = []
     for name, seconds in times.items():
         low, _, high = quantiles(seconds, n=4, method="inclusive")
@@ -65,7 +65,7 @@ def speed_rows(times: dict[Name, list[float]], **labels: object) -> list[Row]:
 
 
 def peak_mib(build: Callable[..., Call], shape: Shape, *arguments: object, device: str) -> float:
-    """MiB that `build(shape, *arguments, device)()` takes at its peak, on top of what there was before the call.
+    """Return the MiB that `build(shape, *arguments, device)()` takes at its peak, on top of what was there before.
 
     On CUDA what PyTorch allocated. On a CPU the growth of the resident memory of a fresh process, which finds nothing
     to reuse: what nn.LSTM's kernels allocate outside PyTorch counts, what they allocate and never touch does not.
@@ -90,7 +90,7 @@ def _peak_mib(build: Callable[..., Call], shape: Shape, *arguments: Any) -> floa
 
 
 def time_by_kind(call: Call, device: str) -> dict[str, float]:
-    """Seconds of a call by what they go into, the most first; on CUDA, of the kernels' time."""
+    """Return the seconds of a call by what they go into, the most first. On CUDA they are those of its kernels."""
     call()
     cuda = device == "cuda"
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda

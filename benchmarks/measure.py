@@ -1,8 +1,10 @@
-"""How exact and how fast pooling and layers are: `python -m benchmarks` writes research/results/benchmark-DEVICE.json.
+"""Measure how exact and how fast pooling and layers are: `python -m benchmarks` does it.
+
+The numbers go into research/results/benchmark-DEVICE.json; benchmarks/tables.py makes tables of them.
 
 Every time is the median of rounds in which the compared things take turns, so that a busy machine slows all of them
 alike; what to read are the ratios, not the milliseconds. Memory is handed out as the system does it by default, but in
-`layer_kept` and `experiment`, which keep what is freed. benchmarks/tables.py makes tables of the file.
+`layer_kept` and `experiment`, which keep what is freed.
 """
 
 from __future__ import annotations
@@ -60,7 +62,7 @@ Problem = tuple[Tensor, Tensor]  # log_f and log_x, (B, T, H) both
 
 
 class TimeFirst(FastQRNNLayer):
-    """The layer of mode "fo" with tanh, called as nn.LSTM is: time first, also in memory."""
+    """Call a layer of mode "fo" with tanh as nn.LSTM is called: time first, also in memory."""
 
     def __init__(self, width: int, kernel_size: int) -> None:
         super().__init__(width, width, kernel_size, "fo", activation="tanh")
@@ -85,7 +87,7 @@ SENTENCE = 25  # words, about the mean of WikiText-2
 
 
 class Grid(NamedTuple):
-    """Layers to compare, as wide as their input."""
+    """Name the layers to compare, as wide as their input, and where."""
 
     widths: tuple[int, ...]
     cells: tuple[tuple[int, int], ...]  # B and T
@@ -110,7 +112,7 @@ PAPER_GRID = Grid((320,), FIGURE_4, (INFERENCE, STACKED), ("QRNN", "LSTM"))
 
 @dataclass(frozen=True)
 class Plan:
-    """The sizes of everything that is measured."""
+    """Hold the sizes of everything that is measured."""
 
     precision_lengths: tuple[int, ...] = (128, 1024, 16_384)
     precision_biases: tuple[float, ...] = (-6.0, -2.0, 0.0, 6.0)
@@ -146,20 +148,23 @@ PLAN = Plan()
 
 
 def gates(shape: Shape, bias: float, device: str, dtype: torch.dtype = torch.float32) -> Problem:
-    """log_f and log_x as a layer of mode "fo" with softplus makes them."""
+    """Return log_f and log_x as a layer of mode "fo" with softplus makes them, from random numbers."""
     a = torch.randn(shape, device=device) + bias
     log_x = F.logsigmoid(-a) + F.softplus(torch.randn(shape, device=device)).log()
     return F.logsigmoid(a).to(dtype), log_x.to(dtype)
 
 
 def gradients(way: Way, problem: Problem, weights: Tensor) -> tuple[Tensor, ...]:
-    """Forward and backward."""
+    """Return the gradients of log_f and log_x, by a forward and a backward pass."""
     leaves = [array.detach().requires_grad_() for array in problem]
     return torch.autograd.grad(way(*leaves), leaves, weights)
 
 
 def precision(plan: Plan, device: str, budget: float) -> list[Row]:
-    """Largest relative error of h, and relative L2 error of the gradient of log_f, against the loop in float64."""
+    """Measure the largest relative error of h and the relative L2 error of the gradient of log_f.
+
+    Both are held against the loop in float64.
+    """
     rows = []
     for time in progress(plan.precision_lengths, desc="precision", unit="length"):
         for bias in plan.precision_biases:
@@ -183,19 +188,27 @@ def precision(plan: Plan, device: str, budget: float) -> list[Row]:
 # --- pooling ---------------------------------------------------------------------------------------------------------
 
 
-def pool_call(shape: Shape, name: str, dtype: str, backward: bool, device: str) -> Callable[[], object]:
-    """One way to pool random gates, forward alone or with the backward pass."""
+def pool_call(shape: Shape, name: str, dtype: str, backward: bool, device: str) -> Call:
+    """Return a call that pools random gates in one way, forward alone or with the backward pass.
+
+    Raises:
+        Missing: if the way cannot run on this device.
+    """
     return call_way(load(name, device), gates(shape, 0.0, device, DTYPES[dtype]), backward)
 
 
-def call_way(way: Way, problem: Problem, backward: bool) -> Callable[[], object]:
+def call_way(way: Way, problem: Problem, backward: bool) -> Call:
     if backward:
         return partial(gradients, way, problem, torch.randn_like(problem[0]))
     return torch.no_grad()(partial(way, *problem))
 
 
 def try_way(way: Way, problem: Problem) -> None:
-    """Raises Missing: the way does not run on this problem, or it computes something else."""
+    """Check that a way runs on a problem, and that it computes the right thing.
+
+    Raises:
+        Missing: if it does not.
+    """
     try:
         gradients(way, problem, torch.ones_like(problem[0]))
         h = way(*problem).double()
@@ -208,7 +221,7 @@ def try_way(way: Way, problem: Problem) -> None:
 
 
 def runnable(loaders: dict[str, Callable[[], Way]], problem: Problem) -> tuple[dict[str, Way], list[Row]]:
-    """The ways to pool that run on this problem, and a row for each that does not, with the reason."""
+    """Return the ways to pool that run on a problem, and a row with the reason for each that does not."""
     ways, skipped = {}, []
     for name, loader in loaders.items():
         try:
@@ -221,7 +234,7 @@ def runnable(loaders: dict[str, Callable[[], Way]], problem: Problem) -> tuple[d
 
 
 def loaders(plan: Plan, shape: Shape, device: str) -> dict[str, Callable[[], Way]]:
-    """What to try at this shape; compiling takes too long to do it at every one."""
+    """Return what to try at a shape. Compiling takes too long to do it at every one."""
     tried: dict[str, Callable[[], Way]] = {name: partial(load, name, device) for name in (*WAYS, *PEERS)}
     longest = QUADRATIC | {name: min(plan.longest_loop, QUADRATIC.get(name, plan.longest_loop)) for name in LOOPS}
     tried |= {name: partial(too_long, limit) for name, limit in longest.items() if shape[1] > limit}
@@ -231,11 +244,16 @@ def loaders(plan: Plan, shape: Shape, device: str) -> dict[str, Callable[[], Way
 
 
 def too_long(limit: int) -> Way:
+    """Load nothing, for a way that is too slow at this length.
+
+    Raises:
+        Missing: always.
+    """
     raise Missing(f"slow: not tried beyond T = {limit:,}")
 
 
 def pooling(plan: Plan, device: str, budget: float) -> list[Row]:
-    """Milliseconds and memory of every way to pool."""
+    """Measure milliseconds and memory of every way to pool."""
     rows = []
     dtypes = ("float32", "bfloat16") if device == "cuda" else ("float32",)
     cells = [(shape, dtype) for shape in plan.pool_shapes for dtype in dtypes]
@@ -258,8 +276,8 @@ def pooling(plan: Plan, device: str, budget: float) -> list[Row]:
 # --- layers ----------------------------------------------------------------------------------------------------------
 
 
-def layer_call(shape: Shape, name: str, part: str, device: str) -> Callable[[], object]:
-    """One layer as wide as its input, on random numbers; step by step it carries the state on."""
+def layer_call(shape: Shape, name: str, part: str, device: str) -> Call:
+    """Return a call of a layer as wide as its input, on random numbers. Step by step it carries the state on."""
     batch, time, width = shape
     layer = LAYERS[name](width).to(device)
     x = torch.randn(time, batch, width, device=device, requires_grad=part == STACKED)
@@ -291,7 +309,7 @@ def layer_rows(shape: Shape, names: Sequence[str], part: str, memory: bool, devi
 
 
 def grid_rows(name: str, grid: Grid, plan: Plan, device: str, budget: float) -> list[Row]:
-    """Every cell of a grid; on a CPU with each number of threads."""
+    """Measure every cell of a grid; on a CPU with each number of threads."""
     before = torch.get_num_threads()
     counts = plan.threads if device == "cpu" else (before,)
     rows = []
@@ -308,28 +326,28 @@ def grid_rows(name: str, grid: Grid, plan: Plan, device: str, budget: float) -> 
 
 
 def layer(plan: Plan, device: str, budget: float) -> list[Row]:
-    """Milliseconds and memory of a QRNN layer, nn.LSTM and nn.GRU of the same width."""
+    """Measure milliseconds and memory of a QRNN layer, nn.LSTM and nn.GRU of the same width."""
     return grid_rows("layer", plan.grid, plan, device, budget)
 
 
 def step(plan: Plan, device: str, budget: float) -> list[Row]:
-    """Milliseconds of one step after another, as in generation."""
+    """Measure milliseconds of one step after another, as in generation."""
     return grid_rows("step", plan.step_grid, plan, device, budget)
 
 
 def layer_kept(plan: Plan, device: str, budget: float) -> list[Row]:
-    """A part of `layer` again, with freed memory kept, as experiment.py does."""
+    """Measure a part of `layer` again, with freed memory kept, as experiment.py does."""
     keep_freed_memory()
     return grid_rows("layer_kept", plan.kept_grid, plan, device, budget)
 
 
 def paper(plan: Plan, device: str, budget: float) -> list[Row]:
-    """The layer in the grid of the paper's Fig. 4."""
+    """Measure the layer in the grid of the paper's Fig. 4."""
     return grid_rows("paper", plan.paper_grid, replace(plan, threads=(torch.get_num_threads(),)), device, budget)
 
 
 def scaling(plan: Plan, device: str, budget: float) -> list[Row]:
-    """Milliseconds and memory of training a layer, as T and B grow."""
+    """Measure milliseconds and memory of training a layer, as T and B grow."""
     bar = progress(plan.scaling_shapes, desc="scaling", unit="shape")
     return [row for shape in bar for row in layer_rows(shape, ("QRNN", "LSTM"), STACKED, True, device, budget)]
 
@@ -338,7 +356,7 @@ def scaling(plan: Plan, device: str, budget: float) -> list[Row]:
 
 
 def experiment(plan: Plan, device: str, budget: float) -> list[Row]:
-    """Tokens a second of training steps of experiment.py, on random words, and of their recurrent layers alone."""
+    """Measure tokens a second of training the models of experiment.py on random words, and their recurrent layers."""
     keep_freed_memory()  # as experiment.py does
     rows = []
     for config in progress(plan.presets, desc="experiment", unit="preset"):
@@ -363,14 +381,17 @@ def experiment(plan: Plan, device: str, budget: float) -> list[Row]:
     return rows
 
 
-def stack_call(stack: nn.Module, x: Tensor) -> Callable[[], object]:
-    """Forward and backward, with the gradient of the input."""
+def stack_call(stack: nn.Module, x: Tensor) -> Call:
+    """Return a call of a stack forward and backward, with the gradient of the input."""
     return lambda: torch.autograd.grad(stack(x)[0].sum(), [x, *stack.parameters()])
 
 
 def processes(plan: Plan, device: str, budget: float) -> list[Row]:
-    """Tokens a second of experiment.py under torchrun, each process with a core or a GPU of its own, the global batch
-    the same. On the artificial language, whose softmax is small: what they send each other is then much of the cost."""
+    """Measure tokens a second of experiment.py under torchrun. Each process has a core or a GPU of its own.
+
+    The global batch is the same. The artificial language has a small softmax: what processes send each other is then
+    much of the cost.
+    """
     rows = []
     most = torch.cuda.device_count() if device == "cuda" else os.cpu_count() or 1
     counts = [count for count in plan.processes if count <= most]
@@ -390,7 +411,7 @@ def processes(plan: Plan, device: str, budget: float) -> list[Row]:
 
 
 def roofline(plan: Plan, device: str, budget: float) -> list[Row]:
-    """Pooling and a layer against the copy bandwidth and the rate of matrix products, measured beside them.
+    """Hold pooling and a layer against the bandwidth of a copy and the rate of matrix products, measured beside them.
 
     Bytes are the least that any implementation moves: in each pass every argument read once, every result written once.
     FLOPs are those of the definition, exponentials not counted.
@@ -422,7 +443,7 @@ def roofline(plan: Plan, device: str, budget: float) -> list[Row]:
 
 
 def profile(plan: Plan, device: str, budget: float) -> list[Row]:
-    """Where the time of a layer goes, and at what share of the machine's rate its matrix products run."""
+    """Measure where the time of a layer goes, and at what share of the machine's rate its matrix products run."""
     square = torch.randn(plan.matrix_size, plan.matrix_size, device=device)
     timed = interleaved({"matrix product": lambda: square @ square}, budget)
     rate = 2 * plan.matrix_size**3 / (1e-3 * speed_rows(timed)[0]["ms"])
@@ -453,6 +474,7 @@ FOR_GPUS = ("paper",)  # on a CPU only if asked for
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Return the options; a wrong one ends the program with a line."""
     parser = Parser(__doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
@@ -471,7 +493,11 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def kept(path: Path, origin: dict[str, Any]) -> dict[str, Any]:
-    """What the file already holds; raises InputError: it was made by another commit, machine or setting."""
+    """Return what the file already holds.
+
+    Raises:
+        InputError: if it was made by another commit, machine or setting.
+    """
     if not path.exists():
         return {"provenance": origin}
     content = json.loads(path.read_text())
@@ -483,7 +509,7 @@ def kept(path: Path, origin: dict[str, Any]) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str], plan: Plan = PLAN, folder: Path = RESULTS) -> int:
-    """The exit code: 0, or 2 if the input was wrong."""
+    """Measure, and write the file; return the exit code: 0, or 2 if the input was wrong."""
     options = parse(arguments)
     path = folder / f"benchmark-{options.device}.json"
     origin = provenance(seed=options.seed, device=options.device)

@@ -1,4 +1,4 @@
-"""Ways to pool that are compared: this project's, what one would write first, and other projects' where they are there.
+"""Hold the ways to pool that are compared: this project's, what one would write first, and other projects'.
 
 Each is a function of log_f and log_x, (B, T, H) both, from h_0 = 0 to h, (B, T, H). A peer that wants another layout or
 linear gates gets them inside its function, so that the conversion counts: a QRNN would have to make it as well.
@@ -15,26 +15,25 @@ import torch
 from torch import Tensor
 
 from lab.provenance import installed_version
-from qrnn_layer import METHODS, pool
+from qrnn_layer import METHODS, closed_form, pool
 
 Way = Callable[[Tensor, Tensor], Tensor]
 
 
 class Missing(RuntimeError):
-    """A peer that cannot run here; the message is one line."""
+    """Say in one line why a peer cannot run here."""
 
 
 # --- this project's, and what one would write first ------------------------------------------------------------------
 
 
 def closed_form_by_autograd(log_f: Tensor, log_x: Tensor) -> Tensor:
-    """What one would write first: the closed form, left to autograd."""
-    c = log_f.cumsum(1)
-    return (c + (log_x - c).logcumsumexp(1)).exp()
+    """Pool by the closed form, left to autograd: what one would write first."""
+    return closed_form(log_f, log_x)[0].exp()
 
 
 def indexing_loop_by_autograd(log_f: Tensor, log_x: Tensor) -> Tensor:
-    """What one would write before that: a Python loop. Each index costs a (B, T, H) of zeros in the backward pass."""
+    """Pool by a Python loop that indexes. Each index costs zeros of (B, T, H) in the backward pass."""
     f, x, h, steps = log_f.exp(), log_x.exp(), torch.zeros_like(log_f[:, 0]), []
     for t in range(log_f.shape[1]):
         h = f[:, t] * h + x[:, t]
@@ -43,7 +42,7 @@ def indexing_loop_by_autograd(log_f: Tensor, log_x: Tensor) -> Tensor:
 
 
 def loop_by_autograd(log_f: Tensor, log_x: Tensor) -> Tensor:
-    """The same without indices, which is the best that a Python loop left to autograd can do."""
+    """Pool by a Python loop without indices, which is the best that one left to autograd can do."""
     h, steps = torch.zeros_like(log_f[:, 0]), []
     for f_t, x_t in zip(log_f.exp().unbind(1), log_x.exp().unbind(1), strict=True):
         h = f_t * h + x_t
@@ -61,7 +60,7 @@ QUADRATIC = {"Python loop, autograd": 128, "torch.associative_scan": 32}  # in T
 
 
 def compiled() -> dict[str, Callable[[], Way]]:
-    """The loop-free ways through torch.compile, which turns the sums over time into fused Triton scans on CUDA."""
+    """Return the ways without a loop through torch.compile, which fuses the sums over time to Triton scans on CUDA."""
     torch.compiler.reset()  # else the ways of the shape before count against its limit of recompilations
     names = [name for name in WAYS if name not in ("auto", *LOOPS)]
     return {f"{name}, compiled": partial(torch.compile, WAYS[name], dynamic=False) for name in names}
@@ -101,6 +100,8 @@ def _hgrn(name: str) -> Way:
 
 
 class Peer(NamedTuple):
+    """Say how to load a way of another project, and what it needs."""
+
     load: Callable[[], Way]
     package: str
     cuda_only: bool = True
@@ -117,7 +118,11 @@ PEERS = {
 
 
 def load(name: str, device: str) -> Way:
-    """The way of that name; raises Missing: a peer that cannot run here."""
+    """Return the way of that name.
+
+    Raises:
+        Missing: if it is a peer that cannot run here.
+    """
     if name in WAYS:
         return WAYS[name]
     peer = PEERS[name]
@@ -132,13 +137,13 @@ def load(name: str, device: str) -> Way:
 
 
 def versions() -> dict[str, str | None]:
-    """Of the peers' packages; None: not installed."""
+    """Return the versions of the peers' packages. None: not installed."""
     return {
         package: installed_version(package) for package in sorted({peer.package for peer in PEERS.values()} - {"torch"})
     }
 
 
 def one_line(error: BaseException) -> str:
-    """An error as a reason: its class and the first line of its text."""
+    """Return an error as a reason: its class and the first line of its text."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:160]}" if lines else type(error).__name__

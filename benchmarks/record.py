@@ -1,4 +1,4 @@
-"""What was measured, as frames, and frames as Markdown."""
+"""Read what was measured as frames, and write frames as Markdown."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ STACK = "stack of one QRNN layer"
 
 
 class NotMeasured(Exception):
-    """A table that the benchmark's file does not have."""
+    """Say which table the benchmark's file does not have, or nothing if there is no file."""
 
 
 class Benchmark:
-    """What was measured on a device.
+    """Read what was measured on a device.
 
     Attributes:
         origin: where the numbers come from, see `lab.provenance`.
 
     Raises:
-        NotMeasured: nothing was.
+        NotMeasured: if nothing was.
     """
 
     def __init__(self, device: str = "cpu") -> None:
@@ -37,7 +37,11 @@ class Benchmark:
         self.origin = self._content["provenance"]
 
     def rows(self, table: str, **labels: object) -> DataFrame:
-        """Return the rows of a table that have these labels, skipped ones included; raises NotMeasured."""
+        """Return the rows of a table that have these labels, skipped ones included.
+
+        Raises:
+            NotMeasured: if the file does not have the table.
+        """
         if table not in self._content:
             raise NotMeasured(table)
         rows = DataFrame(self._content[table])
@@ -46,7 +50,7 @@ class Benchmark:
         return rows
 
     def measured(self, table: str, **labels: object) -> DataFrame:
-        """Return `rows` without those that say why something was skipped."""
+        """Return `rows` without those that say why something was skipped. Raises what `rows` raises."""
         rows = self.rows(table, **labels)
         return rows[rows["skipped"].isna()] if "skipped" in rows else rows
 

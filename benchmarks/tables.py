@@ -1,4 +1,7 @@
-"""The tables of benchmarks/README.md, made from research/results/benchmark-<device>.json."""
+"""Make the tables of benchmarks/README.md from research/results/benchmark-DEVICE.json.
+
+Each raises NotMeasured if the file does not have its rows; `block` turns that into a sentence.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ PAPER = {  # batch size -> times as fast as cuDNN's LSTM at each length, inferen
     128: (2.1, 1.9, 2.0, 2.0, 2.4),
     256: (1.4, 1.4, 1.3, 1.3, 1.3),
 }
-LIMITS = {"copy": "gb_per_s", "matrix product": "gflop_per_s"}  # of the machine
+LIMITS = {"copy": ("gb_per_s", "GB/s"), "matrix product": ("gflop_per_s", "GFLOP/s")}  # of the machine
 COMMAND = "python -m benchmarks"
 
 
@@ -29,14 +32,14 @@ COMMAND = "python -m benchmarks"
 
 
 def precision(benchmark: Benchmark) -> str:
-    """Worst gate bias at each length: error of h / error of the gradient of log f."""
+    """Return the errors at the worst gate bias of each length, of h / of the gradient of log f, as a table."""
     worst = benchmark.measured("precision").groupby(["method", "T"])[["forward", "gradient"]].max()
     cells = worst.map("{:.0e}".format).agg(" / ".join, axis=1).unstack("T").loc[list(PRECISION_METHODS)]
     return f"{wide(cells, 'method', 'T = {:,}'.format)}\n\n{benchmark.source()}"
 
 
 def readme_exactness(benchmark: Benchmark) -> str:
-    """The same for three ways to pool, at the greatest length."""
+    """Return the largest errors of three ways to pool at the greatest length, as a table."""
     rows = benchmark.measured("precision")
     longest = rows[rows["T"] == rows["T"].max()]
     worst = longest.groupby("method")[["forward", "gradient"]].max().loc[["closed form, autograd", "blocked", "scan"]]
@@ -49,7 +52,7 @@ def readme_exactness(benchmark: Benchmark) -> str:
 
 
 def pooling_speed(benchmark: Benchmark) -> str:
-    """Time of every way to pool over that of "auto", and its memory, at the shape that the targets are for."""
+    """Return the time of every way to pool over that of "auto", and its memory, at `POOLING_SHAPE`, as a table."""
     rows = benchmark.measured("pooling", dtype="float32", **dict(zip("BTH", POOLING_SHAPE, strict=True)))
     names, parts = rows["what"].unique(), list(rows["part"].unique())
     times, memory = (rows.pivot(index="what", columns="part", values=value)[parts] for value in ("ms", "mib"))
@@ -62,14 +65,14 @@ def pooling_speed(benchmark: Benchmark) -> str:
 
 
 def not_measured(benchmark: Benchmark) -> str:
-    """Which ways to pool were skipped, and why."""
+    """Say which ways to pool were skipped, and why."""
     rows = benchmark.rows("pooling").reindex(columns=["skipped", "what"]).dropna()
     reasons = rows.groupby("skipped", sort=False)["what"].unique()
     return " ".join(f"Not measured, {reason}: {'; '.join(names)}." for reason, names in reasons.items())
 
 
 def pooling_growth(benchmark: Benchmark) -> str:
-    """Time of every way to pool over that of "auto", forward and backward, against T."""
+    """Return the time of every way to pool over that of "auto" at each T, forward and backward, as a table."""
     rows = benchmark.pooling_growth()
     times = rows.pivot(index="what", columns="T", values="ms").loc[rows["what"].unique()]
     first = rows.iloc[0]
@@ -98,7 +101,7 @@ def row_names(table: DataFrame, benchmark: Benchmark) -> list[str]:
 
 
 def over_lstm(rows: DataFrame, layers: tuple[str, ...], benchmark: Benchmark, corner: str) -> str:
-    """How many times as fast as nn.LSTM these layers are, side by side in each cell."""
+    """Return how many times as fast as nn.LSTM these layers are, side by side in each cell of a table."""
     tables = [ratios(rows, "LSTM", name).droplevel("part").map("{:.2f}".format) for name in layers]
     cells = pd.concat(tables, keys=range(len(tables))).groupby(level=["H", "threads"]).agg(" / ".join)
     cells.index, cells.columns = row_names(cells, benchmark), cells.columns.map("{0[0]} x {0[1]}".format)
@@ -106,13 +109,13 @@ def over_lstm(rows: DataFrame, layers: tuple[str, ...], benchmark: Benchmark, co
 
 
 def layer_speed(part: str, benchmark: Benchmark) -> str:
-    """The layer over nn.LSTM, k = 2 / k = 1."""
+    """Return how many times as fast as nn.LSTM the layer is with k = 2 / with k = 1, as a table."""
     rows = benchmark.measured("layer", part=part)
     return over_lstm(rows, ("QRNN", "QRNN, k = 1"), benchmark, f"{part}: batch x T, k = 2 / k = 1")
 
 
 def step_speed(benchmark: Benchmark) -> str:
-    """The same step by step, and a stack of one layer."""
+    """Return how many times as fast as nn.LSTM the layer is step by step, alone and in a stack, as a table."""
     layers = ("QRNN", "QRNN, k = 1", STACK)
     return over_lstm(benchmark.measured("step"), layers, benchmark, "batch x T, k = 2 / k = 1 / k = 2 in a stack")
 
@@ -134,7 +137,7 @@ def layer_worst(benchmark: Benchmark) -> str:
 
 
 def layer_memory(benchmark: Benchmark) -> str:
-    """Peak of memory over that of nn.LSTM."""
+    """Return the peak of memory over that of nn.LSTM, as a table."""
     rows = benchmark.measured("layer").dropna(subset="mib")
     table = ratios(rows, "QRNN", "LSTM", value="mib").map("{:.2f}".format)
     table.index = [f"{part}, {width} units" for part, width, _ in table.index]
@@ -143,7 +146,7 @@ def layer_memory(benchmark: Benchmark) -> str:
 
 
 def layer_kept(benchmark: Benchmark) -> str:
-    """What it changes that freed memory is kept."""
+    """Return the ratios over nn.LSTM as memory is handed out by default, and with freed memory kept, as a table."""
     kept, handed_out = benchmark.measured("layer_kept"), benchmark.measured("layer")
     tables = {
         "the system's default": ratios(handed_out, "LSTM", "QRNN"),
@@ -158,12 +161,12 @@ def layer_kept(benchmark: Benchmark) -> str:
 
 
 def gru_speed(part: str, benchmark: Benchmark) -> str:
-    """How many times as fast as nn.GRU the layer is, for a sentence."""
+    """Return how many times as fast as nn.GRU the layer is, for a sentence."""
     return span(ratios(benchmark.measured("layer", part=part), "GRU", "QRNN").stack(["B", "T"], future_stack=True))
 
 
 def readme_speed(benchmark: Benchmark) -> str:
-    """The range of the ratios over nn.LSTM, for each part and width; step by step of a stack."""
+    """Return the range of the ratios over nn.LSTM for each part and width, as a table; step by step that of a stack."""
     compared = (("layer", "QRNN"), ("step", STACK))
     tables = [ratios(benchmark.measured(name), "LSTM", layer) for name, layer in compared]
     cells = pd.concat(table.stack(["B", "T"], future_stack=True) for table in tables)
@@ -172,25 +175,36 @@ def readme_speed(benchmark: Benchmark) -> str:
 
 
 def paper_speed(benchmark: Benchmark) -> dict[str, DataFrame]:
-    """LSTM's time over the QRNN's, a row for each batch size, as in the paper's Fig. 4; a GPU's beside that."""
+    """Return the LSTM's time over the QRNN's in the grid of the paper's Fig. 4, a row for each batch size, by part.
+
+    On a GPU the paper's own numbers stand first.
+    """
     rows = benchmark.measured("paper")
     grids = {}
     if benchmark.origin["machine"]["gpu"]:
-        grids["the paper, inference"] = DataFrame.from_dict(PAPER, orient="index", columns=list(PAPER_LENGTHS))
+        grids["the paper, inference"] = paper()
     measured = ratios(rows, "LSTM", "QRNN")
     return grids | {place[0]: cells.unstack("T") for place, cells in measured.iterrows()}
 
 
-def paper_grid(benchmark: Benchmark) -> str:
-    """These grids in one table."""
-    grids = paper_speed(benchmark)
+def paper() -> DataFrame:
+    """Return the paper's own numbers, inference: a row for each batch size, a column for each length."""
+    return DataFrame.from_dict(PAPER, orient="index", columns=list(PAPER_LENGTHS))
+
+
+def side_by_side(grids: dict[str, DataFrame], batch: str) -> str:
+    """Return grids as one table that has a number of each in every cell; `batch` heads the batch sizes."""
     cells = pd.concat({name: grid.map("{:.1f}".format) for name, grid in grids.items()})
-    cells = cells.groupby(level=1).agg(" / ".join)
-    return wide(cells, f"batch ({' / '.join(grids)})", "T = {:,}".format)
+    return wide(cells.groupby(level=1).agg(" / ".join), f"{batch} ({' / '.join(grids)})", "T = {:,}".format)
+
+
+def paper_grid(benchmark: Benchmark) -> str:
+    """Return the grids of `paper_speed` in one table."""
+    return side_by_side(paper_speed(benchmark), "batch")
 
 
 def experiment_speed(benchmark: Benchmark) -> str:
-    """Words a second of the two language models."""
+    """Return words a second of the two language models, as a table."""
     rows = benchmark.measured("experiment")
     rows["name"] = "`" + rows["preset"] + "`, " + rows["part"] + rows["amp"].map(lambda amp: f", {amp}" if amp else "")
     speeds, widths = (rows.pivot(index="name", columns="what", values=value) for value in ("tokens_per_s", "hidden"))
@@ -202,14 +216,14 @@ def experiment_speed(benchmark: Benchmark) -> str:
 
 
 def data_parallel(benchmark: Benchmark) -> str:
-    """How many times as many tokens several processes read as one."""
+    """Say how many times as many tokens several processes read as one."""
     speeds = benchmark.measured("processes").groupby("processes")["tokens_per_s"].median()
     others = (f"{count} processes read {speed / speeds[1]:.2f} times as many" for count, speed in speeds.items())
     return f"Tokens a second, one core a process: one reads {speeds[1]:,.0f}, {', '.join(list(others)[1:])}."
 
 
 def growth(benchmark: Benchmark) -> dict[str, DataFrame]:
-    """Time (ns) and memory (bytes) a token: against T at constant B T, and against B at constant T."""
+    """Return time (ns) and memory (bytes) a token: for each T at constant B T, and for each B at constant T."""
     pooling = benchmark.pooling_growth().query("what == 'auto'").assign(what="pooling")
     layers = benchmark.measured("scaling")
     rows = pd.concat([pooling, layers])
@@ -220,7 +234,7 @@ def growth(benchmark: Benchmark) -> dict[str, DataFrame]:
 
 
 def layer_growth(benchmark: Benchmark) -> str:
-    """These sweeps as tables, and what growing T does to the time a token."""
+    """Return time and memory a token as tables, for each T and for each B, and what growing T does to the time."""
     parts, sweeps = [], growth(benchmark)
     for axis, rows in sweeps.items():
         table = rows.pivot(index="what", columns=axis, values=["ns", "bytes"]).stack(0, future_stack=True)
@@ -239,12 +253,11 @@ def layer_growth(benchmark: Benchmark) -> str:
 
 
 def roofline(benchmark: Benchmark) -> str:
-    """Bandwidth and rate of pooling and of a layer, and the part that is of what the machine can do."""
+    """Return bandwidth and rate of pooling and of a layer, and the share of the machine's limits, as a table."""
     measured = benchmark.measured("roofline")
     rows = measured.set_index("what")
     lines = DataFrame({"ms": rows["ms"].map("{:,.1f}".format)})
-    for limit, value in LIMITS.items():
-        unit = {"gb_per_s": "GB/s", "gflop_per_s": "GFLOP/s"}[value]
+    for limit, (value, unit) in LIMITS.items():
         part = rows[value] / rows.loc[limit, value].max()
         lines[f"{unit} (of a {limit}'s)"] = [
             f"{rate:,.3g} ({share:.0%})" if rate else "" for rate, share in zip(rows[value], part, strict=True)
@@ -253,7 +266,7 @@ def roofline(benchmark: Benchmark) -> str:
 
 
 def profile(benchmark: Benchmark) -> str:
-    """Where the time of a layer goes, and at what share of the machine's rate its matrix products run."""
+    """Return where the time of a layer goes, and at what share of the machine's rate its products run, as a table."""
     rows = benchmark.measured("profile")
     shares = rows.pivot(index=["part", "H"], columns="what", values="share").fillna(0)
     lines = shares.sort_values(shares.index[-1], axis="columns", ascending=False).map("{:.0%}".format)
@@ -294,7 +307,7 @@ def block(made: Callable[[Benchmark], str], device: str = "cpu") -> str:
 
 
 def gpu() -> str:
-    """The same tables of a GPU, once they are measured."""
+    """Return the tables of `TABLES` and the paper's grid of a GPU, once they are measured."""
     try:
         Benchmark("cuda")
     except NotMeasured:

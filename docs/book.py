@@ -1,4 +1,4 @@
-"""The notebooks as web pages that need no network, and a first page with three doors: play, read, data.
+"""Write the notebooks as web pages that need no network, and a first page with three doors: play, read, data.
 
 Formulas become MathML, which browsers draw by themselves; figures and styles are inside the pages.
 """
@@ -186,7 +186,7 @@ def index() -> str:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Write the notebooks that the arguments name as pages; return the exit code: 0, 2 if one cannot be read."""
+    """Write the notebooks that the arguments name as pages; return the exit code: 0, or 2 if one cannot be read."""
     parser = Parser("Write notebooks as pages that need no network, in build/book/.")
     parser.add_argument("notebook", nargs="+", type=Path, help="a file .ipynb that was run")
     return exit_code(lambda: write_pages(parser.parse_args(arguments).notebook))

@@ -1,4 +1,4 @@
-"""How much the models make of the words before: the perplexity of the same words, given only the last 1, 2, 4 ... 256.
+"""Measure what models make of the words before: the perplexity of the same words, given the last 1, 2, 4 ... 256.
 
     python -m research.studies ptb --data ptb          # trains a QRNN and an LSTM for 15 epochs, and
     python -m research.studies ptb_short --data ptb    # others for 3
@@ -6,7 +6,7 @@
 
 The models read windows of the validation split, each from a state of zeros. The last half of a window is scored (of a
 window of one word the one), so "16" stands for 9 to 16 words known, and the windows overlap by the first half, so each
-word is scored once. Beside it, how well each model fits the whole training text without dropout.
+word is scored once. Beside it stands how well each model fits the whole training text without dropout.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from benchmarks.record import RESULTS
 from experiment import build_model, evaluation_batches
 from lab.batches import build_vocabulary, encode
 from lab.checkpoint import write_file
@@ -35,7 +36,7 @@ from lab.run import RUNS, load_best
 from lab.run_folder import ModelFolder
 from lab.settings import InputError
 from lab.training import evaluate, perplexity
-from research.jobs import RESULTS, ROOT, corpus_folder, finished, identify
+from research.jobs import ROOT, corpus_folder, finished, identify
 from research.studies import STUDIES
 
 COMPARED = ("ptb_short", "ptb")
@@ -45,7 +46,7 @@ BATCH = 4096  # words
 
 @torch.no_grad()
 def losses(model: nn.Module, words: Tensor, known: int) -> Tensor:
-    """What each word costs, given the `known` words before it, or fewer, but more than half as many.
+    """Return what each word costs, given the `known` words before it, or fewer, but more than half as many.
 
     Args:
         model: in eval mode, a `LanguageModel`.
@@ -69,11 +70,11 @@ def losses(model: nn.Module, words: Tensor, known: int) -> Tensor:
 
 
 def trained(study: str, data: Path) -> dict[str, tuple[Config, Path]]:
-    """Settings and folder of the study's first QRNN and first LSTM.
+    """Return settings and folder of the study's first QRNN and first LSTM.
 
     Raises:
-        InputError: one of them is not trained.
-        CorpusError: the text is not there.
+        InputError: if one of them is not trained.
+        CorpusError: if the text is not there.
     """
     models: dict[str, tuple[Config, Path]] = {}
     jobs = STUDIES[study]()
@@ -91,12 +92,13 @@ def trained(study: str, data: Path) -> dict[str, tuple[Config, Path]]:
 
 
 def compare(models: dict[str, tuple[Config, Path]], data: Path) -> dict[str, Any]:
-    """The perplexities of the QRNN and the LSTM in the order of `KNOWN`, and the ratio of the two; and those of the
-    whole training text, as in validation: without dropout, the state carried on.
+    """Return the perplexities of the QRNN and the LSTM in the order of `KNOWN`, and the ratio of the two.
+
+    Beside them stand those of the whole training text, as in validation: without dropout, the state carried on.
 
     Raises:
-        InputError: the validation split is too short.
-        CheckpointError: a model is trained, but its weights are gone.
+        InputError: if the validation split is too short.
+        CheckpointError: if a model is trained, but its weights are gone.
     """
     costs: dict[str, list[Tensor]] = {}
     fitted: dict[str, float] = {}
@@ -124,7 +126,7 @@ def compare(models: dict[str, tuple[Config, Path]], data: Path) -> dict[str, Any
 
 
 def main(arguments: Sequence[str]) -> int:
-    """The exit code: 0, 2 if a folder or a model is not there."""
+    """Compare, and write the file; return the exit code: 0, or 2 if a folder or a model is not there."""
     parser = Parser(__doc__)
     parser.add_argument("--data", required=True, help="folder with the Penn Treebank")
     options = parser.parse_args(arguments)

@@ -1,4 +1,4 @@
-"""The experiments that studies run: their presets, and what tells one text from another."""
+"""List the experiments that studies run: their presets, and what tells one text from another."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Experiment(NamedTuple):
     Attributes:
         presets: of its command line.
         deciding: the names of the settings that decide which text is read.
-        text: their values -> the sha256 of the text; raises CorpusError: it is not there.
+        text: their values -> the sha256 of the text. It raises CorpusError if the text is not there.
     """
 
     presets: dict[str, Any]

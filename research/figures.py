@@ -1,4 +1,4 @@
-"""The figures of the pages: docs/images/*.png, drawn from research/results/*.json to be read on a phone as well."""
+"""Draw the figures of the pages, docs/images/*.png, from research/results/*.json, to be read on a phone as well."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def log_axis(axis: Axes, which: str, subs: tuple[float, ...]) -> None:
 
 
 def draw_epochs(axis: Axes, runs: DataFrame) -> None:
-    """Validation perplexity against epochs, a line for each run."""
+    """Draw validation perplexity against epochs, a line for each run."""
     for (_, run), label in zip(runs.iterrows(), named_once(runs), strict=True):
         epochs, scores = zip(*((line["epoch"], line["valid_perplexity"]) for line in run["curve"]), strict=True)
         axis.plot(epochs, scores, label=label, **STYLES[run["model"]])
@@ -66,7 +66,7 @@ def draw_epochs(axis: Axes, runs: DataFrame) -> None:
 
 
 def named_once(runs: DataFrame) -> list[str | None]:
-    """What the legend calls the model of each run, None where it is named already."""
+    """Return what the legend calls the model of each run, None where it is named already."""
     return [
         None if again else NAMES[name] for name, again in zip(runs["model"], runs["model"].duplicated(), strict=True)
     ]
@@ -79,7 +79,7 @@ def draw_ptb(runs: DataFrame, path: Path) -> None:
 
 
 def draw_seeds(runs: DataFrame, path: Path) -> None:
-    """The epochs, and beside them the last one alone, where the lines lie on each other."""
+    """Draw the epochs, and beside them the last one alone, where the lines lie on each other."""
     figure, (axis, last) = plt.subplots(1, 2, figsize=(WIDTH, 3.2), width_ratios=(2, 1), layout="constrained")
     draw_epochs(axis, runs)
     for name, mine in runs.groupby("model", sort=False):
@@ -92,7 +92,7 @@ def draw_seeds(runs: DataFrame, path: Path) -> None:
 
 
 def draw_ablation(runs: DataFrame, path: Path) -> None:
-    """A point for each run, the best at the top; the line is at the run that the others change."""
+    """Draw a point for each run, the best at the top; the line is at the run that the others change."""
     figure, axis = plt.subplots(figsize=(WIDTH, 0.2 * len(runs) + 0.9), layout="constrained")
     axis.axvline(runs["valid_perplexity"].iloc[0], color="0.6", linewidth=1, zorder=0)
     reference = runs.index[0]
@@ -110,7 +110,7 @@ def draw_ablation(runs: DataFrame, path: Path) -> None:
 
 
 def draw_context(content: dict[str, Any], path: Path) -> None:
-    """The ratio of the perplexities against the number of words known, a line for each length of training."""
+    """Draw the ratio of the perplexities against the number of words known, a line for each length of training."""
     figure, axis = plt.subplots(figsize=(WIDTH, 3.4), layout="constrained")
     axis.axhline(0, color="0.6", linewidth=1, zorder=0)
     styles: tuple[dict[str, Any], ...] = (
@@ -130,7 +130,7 @@ def draw_context(content: dict[str, Any], path: Path) -> None:
 
 
 def draw_translation(runs: DataFrame, path: Path) -> None:
-    """Where the QRNN looks while it translates; nothing if it has not been run."""
+    """Draw where the QRNN looks while it translates; nothing if it has not been run."""
     for _, run in runs.query("model == 'qrnn'").head(1).iterrows():
         path.write_bytes(draw_attention(run["attention"], run["reverse"]))
 
@@ -139,7 +139,7 @@ def draw_translation(runs: DataFrame, path: Path) -> None:
 
 
 def draw_speed(benchmark: Benchmark, path: Path) -> None:
-    """How many times as fast as nn.LSTM the layer is, against its width, a line for each batch size and length."""
+    """Draw how many times as fast as nn.LSTM the layer is at each width, a line for each batch size and length."""
     rows = benchmark.measured("layer")
     table = ratios(rows[rows["threads"] == rows["threads"].min()], "LSTM", "QRNN").droplevel("threads")
     parts = table.index.get_level_values("part").unique()
@@ -159,7 +159,7 @@ def draw_speed(benchmark: Benchmark, path: Path) -> None:
 
 
 def draw_paper(benchmark: Benchmark, path: Path) -> None:
-    """The grid of the paper's Fig. 4 as heat maps, one above the other."""
+    """Draw the grid of the paper's Fig. 4 as heat maps, one above the other."""
     grids = paper_speed(benchmark)
     figure, axes = plt.subplots(
         len(grids), 1, figsize=(WIDTH, 2.9 * len(grids) + 0.5), sharex=True, layout="constrained"
@@ -184,7 +184,7 @@ def device_name(benchmark: Benchmark) -> str:
 
 
 def draw_scaling(benchmark: Benchmark, path: Path) -> None:
-    """Time a token against T, of four ways to pool and of a layer, and the memory of a layer."""
+    """Draw time a token against T, of four ways to pool and of a layer, and the memory of a layer."""
     pooling = benchmark.pooling_growth().assign(ns=lambda rows: rows["ms"] * 1e6 / (rows["B"] * rows["T"]))
     layers = growth(benchmark)["T"]
     models = {NAMES[name]: (NAMES[name], STYLES[name]) for name in NAMES}
@@ -229,7 +229,7 @@ BENCHMARK: dict[str, Callable[[Benchmark, Path], None]] = {
 
 
 def draw_all(folder: Path) -> None:
-    """Draw what was measured."""
+    """Draw into a folder whatever was measured."""
     for name, draw in STUDIES.items():
         if len(runs := finished_runs(name)):
             draw(runs, folder / f"{name}.png")

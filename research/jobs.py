@@ -1,4 +1,4 @@
-"""A list of runs and how it is carried out: two at a time, each on half of the cores, then put on record."""
+"""Carry out a list of runs: two at a time, each on half of the cores, then put on record."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
+from benchmarks.record import RESULTS
 from lab.checkpoint import write_file
 from lab.command_line import parse
 from lab.provenance import provenance
@@ -21,12 +22,11 @@ from lab.settings import InputError
 from research.experiments import EXPERIMENTS, LANGUAGE, Experiment
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "research" / "results"
 AT_A_TIME = 2
 
 
 class Job(NamedTuple):
-    """A run: its flags, and what to run."""
+    """Say what to run, and with which flags."""
 
     flags: str
     module: str = "experiment"  # and, after a space, arguments that come before the flags
@@ -37,7 +37,11 @@ class Job(NamedTuple):
 
     @property
     def config(self) -> RunConfig:
-        """Raises InputError: a wrong flag."""
+        """Return what the flags set.
+
+        Raises:
+            InputError: if one is wrong.
+        """
         return parse(self.flags.split(), self.experiment.presets)
 
 
@@ -53,8 +57,8 @@ def carry_out(study: str, jobs: Jobs, data: str) -> int:
         the exit code: 0, 1 if a run failed, 130 if it was interrupted.
 
     Raises:
-        InputError, CorpusError: the corpus is not there, a flag of a job is wrong, or the record is damaged; nothing
-            has run.
+        InputError: if there is no such folder, a flag of a job is wrong, or the record is damaged; nothing has run.
+        CorpusError: if the corpus is not there; nothing has run.
     """
     on_record(study)
     folder = corpus_folder(data)
@@ -79,7 +83,11 @@ def carry_out(study: str, jobs: Jobs, data: str) -> int:
 
 
 def corpus_folder(data: str) -> Path:
-    """Return the folder that --data names, with its whole path; raises InputError: there is none."""
+    """Return the folder that --data names, with its whole path.
+
+    Raises:
+        InputError: if there is none.
+    """
     if not data or not Path(data).is_dir():
         raise InputError(f"--data {data or repr(data)}: no folder; give the one with the corpus")
     return Path(data).resolve()
@@ -89,7 +97,7 @@ def on_record(study: str) -> dict[str, Any]:
     """Return the runs in results/STUDY.json by their labels; none if there is no such file.
 
     Raises:
-        InputError: the file is damaged.
+        InputError: if the file is damaged.
     """
     path = RESULTS / f"{study}.json"
     try:
@@ -112,7 +120,7 @@ def put_on_record(study: str, origin: dict[str, Any], jobs: Jobs, label: str, ru
 
 
 def perform(name: str, job: Job, data: Path) -> dict[str, Any]:
-    """What came out: the content of the run's results.json, or {"error": a line}."""
+    """Run a job unless it is finished; return the content of its results.json, or {"error": a line}."""
     path = ROOT / RUNS / name / "results.json"
     if not finished(path):
         (ROOT / RUNS).mkdir(exist_ok=True)
@@ -133,8 +141,8 @@ def identify(jobs: Jobs, data: Path) -> dict[str, str]:
     """Return the `identity` of each job on the text in this folder.
 
     Raises:
-        InputError: a wrong flag.
-        CorpusError: the corpus of a job is not there.
+        InputError: if a flag is wrong.
+        CorpusError: if the corpus of a job is not there.
     """
     keys = {label: (job.experiment.text, job.experiment.reads(job.config, data)) for label, job in jobs.items()}
     texts = {(text, reads): text(*reads) for text, reads in {*keys.values()}}
@@ -145,14 +153,18 @@ def identity(job: Job, sha256_of_text: str) -> str:
     """Return eight digits that stand for the text and the settings, also where the flags leave them to a preset.
 
     Raises:
-        InputError: a wrong flag.
+        InputError: if a flag is wrong.
     """
     text = json.dumps([job.module, sha256_of_text, settings(job)], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def settings(job: Job) -> dict[str, Any]:
-    """Return all that decides about the numbers, but the text; raises InputError: a wrong flag."""
+    """Return all that decides about the numbers, but the text.
+
+    Raises:
+        InputError: if a flag is wrong.
+    """
     chosen = job.config.deciding()
     del chosen["preset"]
     for name, value in (("first_kernel_size", None), ("initialisation", "uniform")):

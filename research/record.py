@@ -1,4 +1,4 @@
-"""The files of research/results as they are read here."""
+"""Read the files of research/results."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""experiment.py with the candidate softplus(slope * a) - log 2: `python -m research.slope 3 --preset small`.
+"""Run experiment.py with the candidate softplus(slope * a) - log 2: `python -m research.slope 3 --preset small`.
 
 The activation "shifted_softplus" has slope 2 in it. Other slopes are the same function of scaled pre-activations.
 The flags after the slope are those of experiment.py.
@@ -55,7 +55,7 @@ class SlopeModelling(LanguageModelling):
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Return the exit code of the experiment."""
+    """Run the experiment; return its exit code."""
     parser = Parser(__doc__)
     parser.add_argument("slope", type=float, help="where a is large; 2 gives the slope 1 at zero, as tanh has")
     options, flags = parser.parse_known_args(arguments)

@@ -30,9 +30,9 @@ SPACE = {
 
 
 def trials(config: Config, count: int) -> list[dict[str, float]]:
-    """The values of each trial; they depend on the seed alone, so that all models get the same.
+    """Return the values of each trial. They depend on the seed alone, so that all models get the same.
 
-    Drawn from a scrambled Sobol sequence, whose first few points lie further apart than independent ones.
+    They are drawn from a scrambled Sobol sequence, whose first few points lie further apart than independent ones.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     with warnings.catch_warnings():
@@ -47,7 +47,11 @@ def trials(config: Config, count: int) -> list[dict[str, float]]:
 
 
 def jobs(flags: Sequence[str], count: int) -> Jobs:
-    """Return a run for each trial and model; raises InputError: a wrong flag."""
+    """Return a run for each trial and model.
+
+    Raises:
+        InputError: if a flag is wrong.
+    """
     config = parse(flags, PRESETS)
     check_range("trials", count, low=1)
     for name, space in SPACE.items():
@@ -62,7 +66,7 @@ def jobs(flags: Sequence[str], count: int) -> Jobs:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """The exit code: 0, 1 if a run failed, 2 if the input was wrong, 130 if it was interrupted."""
+    """Tune; return the exit code: 0, 1 if a run failed, 2 if the input was wrong, 130 if it was interrupted."""
     parser = Parser(__doc__)
     parser.add_argument("--data", required=True, help="folder with the corpus")
     parser.add_argument("--trials", type=int, default=8, help="of each model (8)")

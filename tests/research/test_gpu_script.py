@@ -10,11 +10,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 import torch
 
 from benchmarks import gpu
-from benchmarks.gpu import METHODS, SOLVERS, WAYS, Plan, Record, main
+from benchmarks.gpu import Plan, Record, main
+from benchmarks.gpu_ways import SOLVERS, WAYS
+from qrnn_layer import METHODS
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "benchmarks" / "gpu.sh"
@@ -149,35 +150,6 @@ def test_the_commit_can_be_told(tmp_path, monkeypatch):
         Record(tmp_path / "a.json", "cpu")
         provenance = json.loads((tmp_path / "a.json").read_text())["provenance"]
         assert (provenance["commit"], provenance["dirty"]) == (commit, dirty)
-
-
-# --- the count on paper, as benchmarks/gpu.md has it -----------------------------------------------------------------
-
-FORWARD = {  # method -> kernels and bytes a number, of T steps, for T a power of 2 and at least 64
-    "loop": (lambda length: 2 * length + 2, 40),
-    "log": (lambda length: 10, 92),
-    "closed form, float64, whole": (lambda length: 13, 220),
-    "scan": (lambda length: 5 * length.bit_length() - 3, 68),
-}
-
-
-@pytest.mark.parametrize("length", (64, 512))
-@pytest.mark.parametrize("name", FORWARD)
-def test_the_count_on_paper_is_what_is_dispatched(name, length):
-    kernels, traffic = FORWARD[name]
-    counted, moved = gpu.count((4, length, 8), name, backward=False)
-    assert counted == kernels(length)
-    edges = 60 * length.bit_length() / length  # of each level of a scan; and h0
-    assert moved == pytest.approx(traffic, abs=edges)
-
-
-def test_the_page_has_what_is_counted():
-    text = (ROOT / "benchmarks" / "gpu.md").read_text()
-    for name in WAYS:
-        if name not in POINTWISE:
-            counts = [gpu.count((2, 512, 8), name, backward) for backward in (False, True)]
-            cells = " | ".join(f"{kernels:,} | {traffic:.0f}" for kernels, traffic in counts)
-            assert f"| {name} | {cells} |" in text
 
 
 # --- the script ------------------------------------------------------------------------------------------------------

@@ -1,12 +1,17 @@
-"""benchmarks/gpu.md says what research/results/gpu-*.json says; the pages' own test covers that it is up to date."""
+"""benchmarks/gpu.md says what was measured and what is counted; the pages' own test covers that it is up to date."""
 
 from __future__ import annotations
 
 import json
+import math
+import re
+from pathlib import Path
 
 import pytest
+import torch
 
-from benchmarks import gpu_tables
+from benchmarks import count, gpu_tables
+from benchmarks.gpu import layer, layer_call
 from benchmarks.record import RESULTS
 
 MEASURED = pytest.mark.parametrize("name", ("methods", "fig4", "bradbury"))
@@ -71,3 +76,45 @@ def test_the_language_models_are_compared_at_the_same_epoch_too():
     header, *lines = cells(gpu_tables.bradbury())
     assert header[1] == f"validation, epoch {both}"
     assert [line[1] for line in lines] == [f"{curves[name][both - 1]['valid_perplexity']:.1f}" for name in curves]
+
+
+# --- the count on paper ----------------------------------------------------------------------------------------------
+
+KERNELS = {  # method -> how many it launches forward, of T steps, for T a power of 2 and at least 64
+    "loop": lambda length: 2 * length + 2,
+    "log": lambda length: 10,
+    "closed form, float64, whole": lambda length: 13,
+    "scan": lambda length: 5 * length.bit_length() - 3,
+}
+
+
+@pytest.mark.parametrize("length", (64, 512))
+@pytest.mark.parametrize("name", KERNELS)
+def test_the_kernels_that_the_page_explains_are_what_is_dispatched(name, length):
+    assert count.pooling((4, length, 8), name, backward=False).kernels == KERNELS[name](length)
+
+
+def test_the_sums_of_bytes_that_the_page_explains_are_what_is_counted():
+    page = (Path(gpu_tables.__file__).parent / "gpu.md").read_text()
+    section = page[page.index("## Kernels and bytes") : page.index("<!-- begin gpu count -->")]
+    sums = dict(re.findall(r"^\| ([^|]+) \| .* (\d+) \|$", section, re.MULTILINE))
+    assert {*sums} == {*gpu_tables.COUNTED} - {"torch.associative_scan, generic"}
+    edges = 60 * math.log2(512) / 512  # of each level of a scan; and h0
+    for name, traffic in sums.items():
+        counted = count.pooling((4, 512, 8), name, backward=False)
+        assert counted.bytes / (4 * 512 * 8) == pytest.approx(float(traffic), abs=edges), name
+
+
+@pytest.mark.parametrize("training", (False, True))
+def test_without_numbers_the_same_is_counted(training):
+    works = []
+    for device in ("cpu", "meta"):
+        module, x = layer("QRNN", 8, device).train(training), torch.ones(2, 16, 8, device=device)
+        works.append(count.work_of(layer_call(module, x, training)))
+    assert works[0] == works[1] and works[0].flops == (1 + training) * 2 * 16 * 2 * 16 * 24
+
+
+def test_a_cell_of_fig_4_on_paper_is_its_largest_limit():
+    lines = cells(gpu_tables.expected_layer("eager"))
+    assert lines[1][1].startswith(f"launches {5 * count.qrnn(8, 32, training=False).kernels} / ")
+    assert lines[-1][-1].startswith(f"products {256 * 512 * 2 * 640 * 960 / 50e6:,.0f} / bytes ")
