@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from lab.batches import IGNORE, UNK, Batch
+from lab.batches import UNK, Batch
+from lab.losses import token_loss
 from lab.synthetic import EOS
 from lab.training import Carried
 
@@ -67,13 +68,9 @@ class LanguageModel(nn.Module):
 
 
 def next_word_loss(model: nn.Module, batch: Batch, carried: Carried) -> tuple[Tensor, Tensor, Carried]:
-    """The negative log-likelihoods of the targets, summed, in nats; how many they are; the state. A `training.Step`."""
+    """Return the `token_loss` of a batch and the state after it. A `training.Step`."""
     logits, carried = model(batch.inputs, carried)
-    losses = F.cross_entropy(
-        logits.float().flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORE, reduction="none"
-    )  # (B*T,), 0 where padded
-    precise = torch.float32 if losses.device.type == "mps" else torch.float64  # MPS has no float64
-    return losses.sum(dtype=precise), (batch.targets != IGNORE).sum(), carried
+    return *token_loss(logits, batch.targets), carried
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from examples.sentiment.config import Config
 from examples.sentiment.data import Batch
 from lab.dense_lstm import DenseLSTM
 from lab.initial import initialise
+from lab.losses import summed
 from lab.run import count_parameters, matched_width
 from lab.training import Carried
 from qrnn import QRNN
@@ -83,8 +84,7 @@ def build_model(config: Config, name: str, vocabulary: int) -> Classifier:
 
 
 def label_loss(model: nn.Module, batch: Batch, carried: Carried) -> tuple[Tensor, Tensor, Carried]:
-    """The negative log-likelihoods of the labels, summed, in nats; how many they are; no state. A `training.Step`."""
+    """Return the negative log-likelihoods of the labels, summed, in nats; how many; no state. A `training.Step`."""
     logits = model(batch.words, batch.lengths).float()  # (B,)
     losses = F.binary_cross_entropy_with_logits(logits, batch.labels.float(), reduction="none")
-    precise = torch.float32 if losses.device.type == "mps" else torch.float64  # MPS has no float64
-    return losses.sum(dtype=precise), losses.new_tensor(len(losses)), carried
+    return summed(losses), losses.new_tensor(len(losses)), carried

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from examples.translation.config import Config
 from examples.translation.data import Batch
 from examples.translation.lstm_seq2seq import LSTMSeq2Seq
-from lab.batches import IGNORE
 from lab.initial import initialise
+from lab.losses import token_loss
 from lab.run import count_parameters, matched_width
 from lab.training import Carried
 from qrnn.seq2seq import QRNNSeq2Seq
@@ -64,10 +63,6 @@ def recurrent_part(model: Translator) -> nn.ModuleList:
 
 
 def next_character_loss(model: nn.Module, batch: Batch, carried: Carried) -> tuple[Tensor, Tensor, Carried]:
-    """The negative log-likelihoods of the targets, summed, in nats; how many they are; nothing. A `training.Step`."""
+    """Return the `token_loss` of a batch, and no state. A `training.Step`."""
     logits = model(batch.source, batch.source_lengths, batch.inputs)  # (B, T, V)
-    losses = F.cross_entropy(
-        logits.float().flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORE, reduction="none"
-    )  # (B*T,), 0 where padded
-    precise = torch.float32 if losses.device.type == "mps" else torch.float64  # MPS has no float64
-    return losses.sum(dtype=precise), (batch.targets != IGNORE).sum(), None
+    return *token_loss(logits, batch.targets), None
