@@ -10,6 +10,7 @@ if __name__ == "__main__":  # while it imports, Ctrl-C ends it without a traceba
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from lab.initial import initialise
 from lab.language_model import LanguageModel, generate, next_word_loss
 from lab.presets import PRESETS, Config
 from lab.report import Layout, fenced
-from lab.run import Task, count_parameters, load_best, matched_width, recorded, run
+from lab.run import Task, load_best, lstm_width, recorded, run
 from lab.run_folder import RunFolder
 from lab.settings import InputError
 from lab.training import Batches, evaluate, perplexity
@@ -131,9 +132,7 @@ def build_model(config: Config, name: str, vocabulary: int) -> LanguageModel:
     """The language model "qrnn" or "lstm", initialised from the seed."""
     hidden, build = config.hidden, {"qrnn": build_qrnn, "lstm": build_lstm}[name]
     if name == "lstm" and config.match:
-        with torch.device("meta"):
-            target = count_parameters(build_qrnn(config, hidden))
-        hidden = matched_width(target, lambda width: build_lstm(config, width))
+        hidden = lstm_width(hidden, partial(build_qrnn, config), partial(build_lstm, config))
     torch.manual_seed(config.seed)
     rnn = build(config, hidden)
     initialise(rnn, config)

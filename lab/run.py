@@ -259,18 +259,24 @@ def count_parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def matched_width(target: int, build: Callable[[int], nn.Module]) -> int:
-    """The width at which `build(width)` has as close to `target` parameters as it gets."""
+def lstm_width(hidden: int, build_qrnn: Callable[[int], nn.Module], build_lstm: Callable[[int], nn.Module]) -> int:
+    """Return the width that brings the LSTM's number of parameters closest to the QRNN's.
+
+    Args:
+        hidden: the width of the QRNN.
+        build_qrnn, build_lstm: width -> what is counted; on the meta device, where there are shapes only.
+    """
 
     def count(width: int) -> int:
-        with torch.device("meta"):  # shapes only
-            return count_parameters(build(width))
+        return count_parameters(build_lstm(width))
 
-    upper = 1
-    while count(upper) < target:
-        upper *= 2
-    above = bisect_left(range(1, upper + 1), target, key=count) + 1
-    return min(max(above - 1, 1), above, key=lambda width: abs(count(width) - target))
+    with torch.device("meta"):
+        target = count_parameters(build_qrnn(hidden))
+        upper = 1
+        while count(upper) < target:
+            upper *= 2
+        above = bisect_left(range(1, upper + 1), target, key=count) + 1
+        return min(max(above - 1, 1), above, key=lambda width: abs(count(width) - target))
 
 
 def evaluation_seconds(task: Task, model: nn.Module) -> float:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,7 +13,7 @@ from examples.sentiment.data import Batch
 from lab.dense_lstm import DenseLSTM
 from lab.initial import initialise
 from lab.losses import summed
-from lab.run import count_parameters, matched_width
+from lab.run import lstm_width
 from lab.training import Carried
 from qrnn import QRNN
 
@@ -74,9 +76,7 @@ def build_model(config: Config, name: str, vocabulary: int) -> Classifier:
     """The classifier "qrnn" or "lstm", initialised from the seed."""
     hidden, build = config.hidden, {"qrnn": build_qrnn, "lstm": build_lstm}[name]
     if name == "lstm" and config.match:
-        with torch.device("meta"):
-            target = count_parameters(build_qrnn(config, hidden))
-        hidden = matched_width(target, lambda width: build_lstm(config, width))
+        hidden = lstm_width(hidden, partial(build_qrnn, config), partial(build_lstm, config))
     torch.manual_seed(config.seed)
     rnn = build(config, hidden)
     initialise(rnn, config)

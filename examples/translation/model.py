@@ -12,7 +12,7 @@ from examples.translation.data import Batch
 from examples.translation.lstm_seq2seq import LSTMSeq2Seq
 from lab.initial import initialise
 from lab.losses import token_loss
-from lab.run import count_parameters, matched_width
+from lab.run import lstm_width
 from lab.training import Carried
 from qrnn.seq2seq import QRNNSeq2Seq
 
@@ -46,9 +46,11 @@ def build_model(config: Config, name: str, vocabulary: int) -> Translator:
     builders: dict[str, Callable[[Config, int, int], Translator]] = {"qrnn": build_qrnn, "lstm": build_lstm}
     hidden, build = config.hidden, builders[name]
     if name == "lstm" and config.match:
-        with torch.device("meta"):
-            target = count_parameters(recurrent_part(build_qrnn(config, hidden, vocabulary)))
-        hidden = matched_width(target, lambda width: recurrent_part(build_lstm(config, width, vocabulary)))
+        hidden = lstm_width(
+            hidden,
+            lambda width: recurrent_part(build_qrnn(config, width, vocabulary)),
+            lambda width: recurrent_part(build_lstm(config, width, vocabulary)),
+        )
     torch.manual_seed(config.seed)
     model = build(config, hidden, vocabulary)
     initialise(model, config)
