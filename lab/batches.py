@@ -10,9 +10,9 @@ from __future__ import annotations
 import math
 import random
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from tokenizers import Tokenizer
@@ -28,6 +28,7 @@ from lab.synthetic import EOS
 UNK = "<unk>"
 EOS_ID, UNK_ID = 0, 1  # in every vocabulary
 IGNORE = -100  # target of a padded position, the default `ignore_index` of PyTorch's cross entropy
+Length = TypeVar("Length", int, tuple[int, ...])  # of a sequence, or of all that belong together
 
 # --- vocabulary ------------------------------------------------------------------------------------------------------
 
@@ -69,6 +70,27 @@ class Batch(NamedTuple):
     targets: Tensor  # (B, T) int64, IGNORE where padded
 
 
+def by_length(lengths: Sequence[Length], batch_size: int, rng: random.Random | None) -> list[list[int]]:
+    """Put sequences of similar length into batches.
+
+    Args:
+        lengths: of the sequences.
+        batch_size: sequences in a batch; one of them may have fewer, the longest.
+        rng: draws the order of the batches, and which sequences of equal length meet. None: all in the order of length.
+
+    Returns:
+        the indices of the sequences of each batch; every sequence once.
+    """
+    order = list(range(len(lengths)))
+    if rng is not None:
+        rng.shuffle(order)
+    order.sort(key=lengths.__getitem__)  # stable: equal lengths stay shuffled
+    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    if rng is not None:
+        rng.shuffle(batches)
+    return batches
+
+
 class SentenceBatches:
     """Batches of sentences of similar length, padded on the right; every sentence once an epoch.
 
@@ -107,15 +129,8 @@ class SentenceBatches:
 
     def epoch(self, n: int) -> Iterator[Batch]:
         """The batches of epoch n, (B, T) each, T being the length of the batch's longest sentence."""
-        order = list(range(len(self.sequences)))
-        rng = random.Random(f"{self.seed} {n}")
-        if self.shuffle:
-            rng.shuffle(order)
-        order.sort(key=lambda i: len(self.sequences[i]))  # stable: equal lengths stay shuffled
-        batches = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
-        if self.shuffle:
-            rng.shuffle(batches)
-        for batch in batches:
+        rng = random.Random(f"{self.seed} {n}") if self.shuffle else None
+        for batch in by_length(list(map(len, self.sequences)), self.batch_size, rng):
             targets = pad_sequence([self.sequences[i] for i in batch], batch_first=True, padding_value=IGNORE)  # (B, T)
             inputs = pad(targets[:, :-1], (1, 0), value=EOS_ID).clamp(min=EOS_ID)  # padding becomes EOS
             yield Batch(inputs, targets)

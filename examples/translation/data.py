@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
-from lab.batches import IGNORE
+from lab.batches import IGNORE, by_length
 from lab.corpora import CorpusError, check_folder, decode, folder_name
 
 PAD, BOS, EOS, UNK = range(4)  # in every vocabulary; characters follow
@@ -199,15 +199,9 @@ class PairBatches:
 
     def epoch(self, n: int) -> Iterator[Batch]:
         """The batches of epoch n."""
-        order = list(range(len(self.pairs)))
-        rng = random.Random(f"{self.seed} {n}")
-        if self.shuffle:
-            rng.shuffle(order)
-        order.sort(key=lambda i: tuple(map(len, self.pairs[i])))  # stable: equal lengths stay shuffled
-        batches = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
-        if self.shuffle:
-            rng.shuffle(batches)
-        for batch in batches:
+        rng = random.Random(f"{self.seed} {n}") if self.shuffle else None
+        lengths = [(len(source), len(target)) for source, target in self.pairs]
+        for batch in by_length(lengths, self.batch_size, rng):
             sources, targets = zip(*(self.pairs[i] for i in batch), strict=True)
             expected = pad_sequence(list(targets), batch_first=True, padding_value=IGNORE)  # (B, T)
             inputs = pad(expected[:, :-1], (1, 0), value=BOS)
