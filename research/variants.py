@@ -117,7 +117,7 @@ class VariantModelling(LanguageModelling):
         super().__init__(config, processes)
         self.changes = changes
         if "quarter" in changes:
-            stream = cast(StreamBatches, self.data.train)
+            stream = cast(StreamBatches, self.train)
             steps = stream.inputs.shape[1] // 4
             stream.inputs, stream.targets = stream.inputs[:, :steps], stream.targets[:, :steps]
             stream.tokens = stream.inputs.numel()
