@@ -32,7 +32,12 @@ class CheckpointError(ValueError):
 
 def cause(error: OSError) -> str:
     """Say in a line which file it is about and what the system says."""
-    return f"{error.filename}: {error.strerror}" if error.filename else _first_line(error)
+    return f"{error.filename}: {error.strerror}" if error.filename else first_line(error)
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of what an error says, or its name if it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 @contextlib.contextmanager
@@ -191,7 +196,7 @@ def load_checkpoint(
                 accept(weights, state)
             return weights, state, lines
         except Exception as error:  # its sums may be good and its content anything
-            lines.append(f"{path} is damaged ({_first_line(error)}): falling back to the checkpoint before")
+            lines.append(f"{path} is damaged ({first_line(error)}): falling back to the checkpoint before")
             if set_aside:
                 remove(path.with_name(f"damaged-{path.name}"))
                 os.replace(path, path.with_name(f"damaged-{path.name}"))
@@ -226,7 +231,3 @@ def _newest_first(folder: Path, kind: str) -> list[Path]:
 
 def _number(path: Path) -> int:
     return int(path.name.rsplit("-", 1)[1])
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

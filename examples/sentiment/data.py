@@ -15,6 +15,7 @@ from tokenizers.pre_tokenizers import BertPreTokenizer
 from torch import Tensor
 
 from lab.batches import EOS_ID, IGNORE, SentenceBatches
+from lab.checkpoint import first_line
 from lab.corpora import CONTROL, CorpusError, check_folder, fetch, folder_name
 
 FOLDS = 10
@@ -127,8 +128,9 @@ def _download() -> dict[str, list[tuple[str, int]]]:
     try:
         splits = fetch("stanfordnlp/imdb")
     except Exception as error:  # whatever stops the download, the way out is the same
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise CorpusError(f"imdb: not downloaded ({reason}); give --data DIR with the folder aclImdb") from error
+        raise CorpusError(
+            f"imdb: not downloaded ({first_line(error)}); give --data DIR with the folder aclImdb"
+        ) from error
     return {name: list(zip(splits[name]["text"], splits[name]["label"], strict=True)) for name in ("train", "test")}
 
 

@@ -18,7 +18,7 @@ from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
 from lab.batches import IGNORE, by_length
-from lab.corpora import CorpusError, check_folder, decode, folder_name
+from lab.corpora import CorpusError, check_folder, decode, folder_name, read
 
 PAD, BOS, EOS, UNK = range(4)  # in every vocabulary; characters follow
 UNKNOWN = "\N{REPLACEMENT CHARACTER}"  # how UNK is written
@@ -77,10 +77,7 @@ def _read_split(folder: Path, split: str, source: str, target: str) -> list[Pair
 
 def _lines(path: Path) -> list[str]:
     """The lines without blanks at both ends; `str.splitlines` would cut at rarer characters too."""
-    try:
-        text = decode(path.read_bytes(), str(path))
-    except OSError as error:
-        raise CorpusError(f"{path}: cannot be read ({error.strerror})") from error
+    text = decode(read(path), str(path))
     lines = [line.strip() for line in text.removesuffix("\n").split("\n")]
     if "" in lines:
         raise CorpusError(f"{path}: line {lines.index('') + 1} is empty; remove the pair from both files")
