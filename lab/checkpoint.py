@@ -115,6 +115,13 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def put_aside(path: Path) -> None:
+    """Rename what is damaged to `damaged-...`, in the place of an older one."""
+    aside = path.with_name(f"damaged-{path.name}")
+    remove(aside)
+    os.replace(path, aside)
+
+
 def sync_folder(folder: Path) -> None:
     """Make renames inside the folder survive a power cut."""
     if os.name == "posix":
@@ -198,8 +205,7 @@ def load_checkpoint(
         except Exception as error:  # its sums may be good and its content anything
             lines.append(f"{path} is damaged ({first_line(error)}): falling back to the checkpoint before")
             if set_aside:
-                remove(path.with_name(f"damaged-{path.name}"))
-                os.replace(path, path.with_name(f"damaged-{path.name}"))
+                put_aside(path)
     if lines:
         raise CheckpointError(f"{folder}: every {kind} checkpoint is damaged; start again under another --name")
     return None

@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,8 +28,8 @@ from lab.checkpoint import (
     append_line,
     cause,
     load_checkpoint,
+    put_aside,
     read_file,
-    remove,
     save_checkpoint,
     write_file,
 )
@@ -247,8 +246,7 @@ class ModelFolder:
         except (OSError, ValueError) as error:
             _warn(f"{path} is damaged ({error}): the model is judged again")
             if training:
-                remove(path.with_name(f"damaged-{RESULT}"))
-                os.replace(path, path.with_name(f"damaged-{RESULT}"))
+                put_aside(path)
             return None
         self.log = content["log"]
         if training:
