@@ -41,6 +41,7 @@ from lab.state import (
 )
 
 LOG_LINES = 500  # lines of metrics.jsonl a run, about
+TIMED_STEPS = 4  # to estimate how long a run takes
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw": partial(torch.optim.AdamW, fused=True),  # one pass over the weights, not one an operation
     "adam": torch.optim.Adam,
@@ -372,10 +373,10 @@ def perplexity(loss: float) -> float:
     return math.exp(loss) if loss < 700 else math.inf
 
 
-def seconds_per_item(model: nn.Module, step: Step, batches: Batches, settings: Settings, steps: int = 4) -> float:
+def seconds_per_item(model: nn.Module, step: Step, batches: Batches, settings: Settings) -> float:
     """Seconds that an item takes in training, from a few real steps, which change the model: give one to throw away."""
     trainer = Trainer(model, step, batches, settings)
-    first, *rest = islice(batches.epoch(0), steps + 1)
+    first, *rest = islice(batches.epoch(0), TIMED_STEPS + 1)
     trainer.update(first)  # slower than the others: memory, compilation
     trainer.read_steps()
     trainer.progress = Progress()

@@ -23,6 +23,7 @@ from lab.corpora import CorpusError, check_folder, decode, folder_name, read
 PAD, BOS, EOS, UNK = range(4)  # in every vocabulary; characters follow
 UNKNOWN = "\N{REPLACEMENT CHARACTER}"  # how UNK is written
 SPLITS = {"train": ("train",), "valid": ("val", "valid", "dev"), "test": ("test", "test_2016_flickr")}  # file names
+LETTERS, SHORTEST, LONGEST = "abcdefgh", 3, 8  # of the strings that are generated
 
 
 class Pair(NamedTuple):
@@ -84,19 +85,17 @@ def _lines(path: Path) -> list[str]:
     return lines
 
 
-def reversed_strings(seed: int, letters: str = "abcdefgh", shortest: int = 3, longest: int = 8) -> ParallelText:
-    """Random strings without repeated letters; the translation is the string reversed, with mapped letters.
+def reversed_strings(seed: int) -> ParallelText:
+    """Generate strings without repeated letters; the translation is the string reversed, with mapped letters.
 
     Args:
-        seed: of the strings and the permutation.
-        letters: that strings are made of.
-        shortest, longest: lengths of strings; every length is as likely.
+        seed: of the strings and the permutation of the letters; every length is as likely.
     """
     rng = random.Random(seed)
-    mapping = str.maketrans(letters, "".join(rng.sample(letters, len(letters))))
+    mapping = str.maketrans(LETTERS, "".join(rng.sample(LETTERS, len(LETTERS))))
     strings: dict[str, None] = {}  # a set that keeps the order
     while len(strings) < 4_400:
-        strings["".join(rng.sample(letters, rng.randint(shortest, longest)))] = None
+        strings["".join(rng.sample(LETTERS, rng.randint(SHORTEST, LONGEST)))] = None
     pairs = [Pair(string, string[::-1].translate(mapping)) for string in strings]
     return ParallelText(
         "strings reversed and mapped", f"generated, seed {seed}", pairs[:4_000], pairs[4_000:4_200], pairs[4_200:]
