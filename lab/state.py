@@ -17,7 +17,7 @@ Carried = Tensor | tuple | None  # what a model remembers from one batch to the 
 
 @dataclass
 class Progress:
-    """How far the training of a model has come. All numbers are whole epochs, steps, items or seconds."""
+    """Hold how far the training of a model has come."""
 
     step: int = 0
     epoch: int = 0  # epochs completed

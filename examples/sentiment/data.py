@@ -198,7 +198,7 @@ class ReviewBatches:
     """Batches of reviews of similar length, in the order of `SentenceBatches`.
 
     Args:
-        sequences: ids of the words and `EOS`, each (n,), int64, as `corpora.encode` returns them.
+        sequences: ids of the words and `EOS`, each (n,), int64, as `lab.batches.encode` returns them.
         labels: one for each.
         batch_size, seed, shuffle: see `SentenceBatches`.
 
