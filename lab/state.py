@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -81,18 +82,11 @@ def check_optimizer(model: nn.Module, state: dict[str, Any]) -> None:
 # --- tensors in tuples, random numbers -------------------------------------------------------------------------------
 
 
-def detached(carried: Carried) -> Carried:
-    """Without the history; every kind of tuple becomes a plain one, which a checkpoint can hold."""
+def mapped(function: Callable[[Tensor], Tensor], carried: Carried) -> Carried:
+    """Apply a function to each tensor; every kind of tuple becomes a plain one, which a checkpoint can hold."""
     if isinstance(carried, tuple):
-        return tuple(detached(part) for part in carried)
-    return None if carried is None else carried.detach()
-
-
-def moved(carried: Carried, device: torch.device | str) -> Carried:
-    """On the device."""
-    if isinstance(carried, tuple):
-        return tuple(moved(part, device) for part in carried)
-    return None if carried is None else carried.to(device)
+        return tuple(mapped(function, part) for part in carried)
+    return None if carried is None else function(carried)
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

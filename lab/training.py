@@ -32,9 +32,8 @@ from lab.state import (
     Progress,
     check_optimizer,
     check_weights,
-    detached,
     generator_states,
-    moved,
+    mapped,
     progress_from,
     set_generator_states,
     to_device,
@@ -135,7 +134,7 @@ class Trainer:
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.settings.clip or math.inf)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.carried = detached(carried) if self.batches.carry else None
+        self.carried = mapped(Tensor.detach, carried) if self.batches.carry else None
         self.unread.append(torch.stack([*sums, norm.detach().float()]))
         self.progress.step += 1
         self.progress.batch += 1
@@ -287,7 +286,8 @@ class Trainer:
             raise TrainingError(f"stopped at step {progress.step}: weights are not finite; {ADVICE}")
         progress.wall_seconds += time.perf_counter() - self._wall_since
         progress.peak_memory = max(progress.peak_memory, peak_memory(self.device))
-        ranks = gather_object([{"generators": generator_states(self.device), "carried": moved(self.carried, "cpu")}])
+        carried = mapped(Tensor.cpu, self.carried)
+        ranks = gather_object([{"generators": generator_states(self.device), "carried": carried}])
         state = {"progress": asdict(progress), "optimizer": self.optimizer.state_dict(), "ranks": ranks}
         main_only(self.accelerator, lambda: self._folder.save("last", self.model.state_dict(), state))
         self._resume_clock()
@@ -315,7 +315,7 @@ class Trainer:
         if not (0 <= progress.epoch <= self.settings.epochs and 0 <= progress.batch <= len(self.batches)):
             raise CheckpointError(f"epoch {progress.epoch}, batch {progress.batch} are not of this training")
         mine = state["ranks"][self.accelerator.process_index]
-        carried = moved(mine["carried"], self.device)
+        carried = mapped(lambda tensor: tensor.to(self.device), mine["carried"])
         self.model.load_state_dict(weights)
         self._try(carried)
         self.optimizer.load_state_dict(state["optimizer"])
