@@ -44,7 +44,7 @@ EVALUATION_WINDOW = 1000  # words of the one row of a stream that are evaluated 
 
 
 def split_up(corpus: Corpus, config: Config) -> tuple[list[list[str]], ...]:
-    """The sequences of the three splits, in words."""
+    """Return the sequences of the three splits, in words."""
     if config.protocol == "stream" or corpus.floor is not None:  # the lines of the artificial language are sentences
         return corpus.train, corpus.valid, corpus.test
     return split_sentences(corpus)
@@ -58,14 +58,14 @@ def training_batches(config: Config, sequences: list[torch.Tensor]) -> SentenceB
 
 
 def evaluation_batches(config: Config, sequences: list[torch.Tensor]) -> Batches:
-    """A split for `evaluate`: a stream is one row, so that nothing depends on a batch size."""
+    """Return a split for `evaluate`: a stream is one row, so that nothing depends on a batch size."""
     if config.protocol == "sentence":
         return SentenceBatches(sequences, EVALUATION_ROWS, shuffle=False)
     return StreamBatches(sequences, 1, EVALUATION_WINDOW)
 
 
 def dropout_between(config: Config) -> float:
-    """With one layer there is nothing between layers, and both classes warn."""
+    """Return the dropout between layers; with one layer there is none, and both classes would warn."""
     return config.dropout if config.layers > 1 else 0.0
 
 
@@ -94,7 +94,7 @@ def build_lstm(config: Config, hidden: int) -> nn.LSTM | DenseLSTM:
 
 
 def build_model(config: Config, name: str, vocabulary: int) -> LanguageModel:
-    """The language model "qrnn" or "lstm", initialised from the seed."""
+    """Return the language model "qrnn" or "lstm", initialised from the seed."""
     hidden, build = config.hidden, {"qrnn": build_qrnn, "lstm": build_lstm}[name]
     if name == "lstm" and config.match:
         hidden = lstm_width(hidden, partial(build_qrnn, config), partial(build_lstm, config))
@@ -123,7 +123,8 @@ class LanguageModelling(Task[LanguageModel]):
         processes: that train together.
 
     Raises:
-        InputError, CorpusError: the corpus is not there, or not what it should be.
+        InputError: if there are more processes than rows of a stream.
+        CorpusError: if the corpus is not there, or not what it should be.
     """
 
     config: Config
@@ -204,7 +205,7 @@ def perplexity_layout(fingerprint: dict[str, Any], protocol: str, floor: dict[st
 
 
 def samples(results: list[dict[str, Any]], folder: Path) -> list[str]:
-    """The part of the report that shows what the models write."""
+    """Return the part of the report that shows what the models write."""
     lines = ["", "The samples below come from the same random draws."] if len(results) > 1 else []
     for result in results:
         lines += ["", f"## A sample of the {NAMES[result['model']]}", "", *fenced([result["sample"]])]
@@ -220,7 +221,7 @@ def continue_text(config: Config, prompt: str) -> int:
     """Print how the models of a run continue the prompt.
 
     Raises:
-        InputError, CheckpointError: there is no such run, or nothing in it.
+        InputError, CheckpointError: if there is no such run, or nothing in it.
     """
     folder = RunFolder(config.folder)
     record = folder.record(config.experiment)
@@ -242,7 +243,7 @@ def continue_text(config: Config, prompt: str) -> int:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """The exit code: 0, 1 if the run failed, 2 if the input was wrong, 130 if it was interrupted."""
+    """Return the exit code: 0, 1 if the run failed, 2 if the input was wrong, 130 if it was interrupted."""
 
     def command() -> int:
         config = parse(arguments, PRESETS)

@@ -54,7 +54,7 @@ def build_vocabulary(sequences: Iterable[list[str]], size: int | None) -> Tokeni
 
 
 def encode(tokenizer: Tokenizer, sequences: list[list[str]]) -> list[Tensor]:
-    """For each sequence of n words its ids and that of `EOS`: (n + 1,), int64, all views of one tensor."""
+    """Return for each sequence of n words its ids and that of `EOS`: (n + 1,), int64, all views of one tensor."""
     vocabulary = tokenizer.get_vocab()  # looking words up takes half the time of tokenizer.encode_batch
     ids = [vocabulary.get(word, UNK_ID) for sequence in sequences for word in (*sequence, EOS)]
     return list(torch.tensor(ids, dtype=torch.int64).split([len(sequence) + 1 for sequence in sequences]))
@@ -64,7 +64,7 @@ def encode(tokenizer: Tokenizer, sequences: list[list[str]]) -> list[Tensor]:
 
 
 class Batch(NamedTuple):
-    """One step's input and what it is to predict: `targets[b, t]` is the word that follows `inputs[b, t]`."""
+    """Hold a step's input and what it is to predict: `targets[b, t]` is the word that follows `inputs[b, t]`."""
 
     inputs: Tensor  # (B, T) int64
     targets: Tensor  # (B, T) int64, IGNORE where padded
@@ -92,7 +92,7 @@ def by_length(lengths: Sequence[Length], batch_size: int, rng: random.Random | N
 
 
 class SentenceBatches:
-    """Batches of sentences of similar length, padded on the right; every sentence once an epoch.
+    """Give batches of sentences of similar length, padded on the right; every sentence once an epoch.
 
     Inputs start with `EOS`, targets end with it. The order of an epoch depends on nothing but the seed and its number.
 
@@ -109,7 +109,7 @@ class SentenceBatches:
         carry: False: a model starts every batch without a state.
 
     Raises:
-        CorpusError: no sequences, or a batch size below 1.
+        CorpusError: if there are no sequences, or the batch size is below 1.
     """
 
     carry = False
@@ -128,7 +128,7 @@ class SentenceBatches:
         return math.ceil(len(self.sequences) / self.batch_size)
 
     def epoch(self, n: int) -> Iterator[Batch]:
-        """The batches of epoch n, (B, T) each, T being the length of the batch's longest sentence."""
+        """Return the batches of epoch n, (B, T) each, T being the length of the batch's longest sentence."""
         rng = random.Random(f"{self.seed} {n}") if self.shuffle else None
         for batch in by_length(list(map(len, self.sequences)), self.batch_size, rng):
             targets = pad_sequence([self.sequences[i] for i in batch], batch_first=True, padding_value=IGNORE)  # (B, T)
@@ -137,7 +137,7 @@ class SentenceBatches:
 
 
 class StreamBatches:
-    """The whole text as `batch_size` rows, each a contiguous piece of it, read in windows of `bptt` steps.
+    """Give the whole text as `batch_size` rows, each a contiguous piece of it, read in windows of `bptt` steps.
 
     The first input is `EOS`. What is left over when the text is cut into rows of equal length, fewer tokens than rows,
     is dropped; with one row every token is predicted exactly once, which is how to evaluate.
@@ -153,7 +153,7 @@ class StreamBatches:
         carry: True: a model's state after a batch belongs to the start of the next.
 
     Raises:
-        CorpusError: fewer tokens than rows, or a size below 1.
+        CorpusError: if there are fewer tokens than rows, or a size is below 1.
     """
 
     carry = True
@@ -175,7 +175,7 @@ class StreamBatches:
         return math.ceil(self.inputs.shape[1] / self.bptt)
 
     def epoch(self, n: int) -> Iterator[Batch]:
-        """The windows in the order of the text, (B, T) each; the same in every epoch n."""
+        """Return the windows in the order of the text, (B, T) each; the same in every epoch n."""
         return map(Batch, self.inputs.split(self.bptt, dim=1), self.targets.split(self.bptt, dim=1))
 
 

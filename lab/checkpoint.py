@@ -24,7 +24,7 @@ State = dict[str, Any]
 
 
 class CheckpointError(ValueError):
-    """No usable checkpoint; the message is one line."""
+    """Say that there is no usable checkpoint; the message is one line."""
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
@@ -230,7 +230,7 @@ def _sha256(data: bytes) -> str:
 
 
 def _newest_first(folder: Path, kind: str) -> list[Path]:
-    """All that has the name of a checkpoint; a copy beside it, as `best-000004.bak`, has not."""
+    """Return all that has the name of a checkpoint; a copy beside it, as `best-000004.bak`, has not."""
     named = [path for path in folder.glob(f"{kind}-*") if re.fullmatch(rf"{kind}-\d{{6,}}", path.name)]
     return sorted(named, key=_number, reverse=True)
 

@@ -326,7 +326,7 @@ def split_sentences(corpus: Corpus) -> tuple[list[list[str]], list[list[str]], l
 
 
 def sentences(lines: list[list[str]]) -> list[list[str]]:
-    """The sentences of the lines, in lower case, without section headings ("= Title =") and empty lines.
+    """Return the sentences of the lines, in lower case, without section headings ("= Title =") and empty lines.
 
     A sentence ends after ".", "!" or "?" and what closes there: more of these, brackets, a quotation that is open.
     """
@@ -352,7 +352,7 @@ def _cut(line: list[str]) -> Iterator[list[str]]:
 
 
 def length_filter(train: list[list[str]], low: float = 0.05, high: float = 0.95) -> list[list[str]]:
-    """The sentences whose length lies between two quantiles of the lengths, both included.
+    """Return the sentences whose length lies between two quantiles of the lengths, both included.
 
     For the training split only: validation and test keep every sentence, or their perplexity would be another text's.
     """

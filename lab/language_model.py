@@ -16,7 +16,7 @@ INITIAL_RANGE = 0.1  # of embedding and softmax: with larger ones a tied softmax
 
 
 class LanguageModel(nn.Module):
-    """Predicts each next word.
+    """Predict each next word.
 
     Args:
         rnn: called like `nn.LSTM` with batch_first, (B, T, embedding) -> (B, T, hidden).
@@ -51,7 +51,7 @@ class LanguageModel(nn.Module):
             nn.init.uniform_(weight, -INITIAL_RANGE, INITIAL_RANGE)
 
     def forward(self, words: Tensor, state: Carried = None) -> tuple[Tensor, Carried]:
-        """Logits of the next word at every step.
+        """Compute the logits of the next word at every step.
 
         Args:
             words: (B, T), int64.

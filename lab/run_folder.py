@@ -43,7 +43,7 @@ Line = dict[str, float]  # of metrics.jsonl
 
 
 class RunFolder:
-    """Reads and writes the folder of a run; its errors name the file."""
+    """Read and write the folder of a run; errors name the file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -153,7 +153,7 @@ class RunFolder:
 
 
 class ModelFolder:
-    """Reads and writes the folder of a model.
+    """Read and write the folder of a model.
 
     The lines of metrics.jsonl are in the checkpoints too. So the file can be written again, and is never read.
 

@@ -36,7 +36,7 @@ NotNegative = Annotated[float, Range(low=0)]
 
 @dataclass(frozen=True)
 class Settings:
-    """How to train, whatever the task."""
+    """Say how to train, whatever the task."""
 
     epochs: Count = 40
     """How often to read the training data."""
@@ -115,7 +115,7 @@ class Chosen:
 
 @dataclass(frozen=True)
 class Networks:
-    """Which networks are compared.
+    """Say which networks are compared.
 
     Attributes:
         names: of the models that there are: what they are called on the command line -> in reports.

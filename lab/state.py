@@ -90,12 +90,12 @@ def mapped(function: Callable[[Tensor], Tensor], carried: Carried) -> Carried:
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """A batch of the same type on the device."""
+    """Return a batch of the same type on the device."""
     return type(batch)(*(tensor.to(device, non_blocking=True) for tensor in batch))
 
 
 def generator_states(device: torch.device) -> dict[str, Tensor]:
-    """The states of all random number generators that training on the device draws from."""
+    """Return the states of all random number generators that training on the device draws from."""
     states = {"cpu": torch.get_rng_state()}
     if device.type in ("cuda", "mps"):
         states[device.type] = getattr(torch, device.type).get_rng_state()
@@ -103,6 +103,6 @@ def generator_states(device: torch.device) -> dict[str, Tensor]:
 
 
 def set_generator_states(states: dict[str, Tensor]) -> None:
-    """The inverse of `generator_states`."""
+    """Set the states that `generator_states` returned."""
     for name, state in states.items():
         torch.set_rng_state(state) if name == "cpu" else getattr(torch, name).set_rng_state(state)

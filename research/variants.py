@@ -33,7 +33,7 @@ LONGEST = 70  # steps, of the time scales of "spread"
 
 
 class LockedDropout(nn.Module):
-    """Dropout on (B, T, H) whose mask, (B, 1, H), is the same at all steps."""
+    """Drop out of (B, T, H) by a mask, (B, 1, H), that is the same at all steps."""
 
     def __init__(self, probability: float) -> None:
         super().__init__()

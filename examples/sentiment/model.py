@@ -21,7 +21,7 @@ INITIAL_RANGE = 0.25  # of the random word vectors: as in the CNN of Kim 2014, w
 
 
 class Classifier(nn.Module):
-    """Reads a review and says how likely it is positive, from the output of the last layer at the last word.
+    """Read a review and say how likely it is positive, from the output of the last layer at the last word.
 
     Args:
         rnn: (B, T, embedding) -> (B, T, hidden), and a state. It must never look ahead: padding comes after the words.
@@ -40,7 +40,7 @@ class Classifier(nn.Module):
         nn.init.uniform_(self.embedding.weight, -INITIAL_RANGE, INITIAL_RANGE)
 
     def forward(self, words: Tensor, lengths: Tensor) -> Tensor:
-        """The log-odds of "positive", (B,).
+        """Compute the log-odds of "positive", (B,).
 
         Args:
             words: (B, T), int64.
@@ -73,7 +73,7 @@ def build_lstm(config: Config, hidden: int) -> DenseLSTM:
 
 
 def build_model(config: Config, name: str, vocabulary: int) -> Classifier:
-    """The classifier "qrnn" or "lstm", initialised from the seed."""
+    """Return the classifier "qrnn" or "lstm", initialised from the seed."""
     hidden, build = config.hidden, {"qrnn": build_qrnn, "lstm": build_lstm}[name]
     if name == "lstm" and config.match:
         hidden = lstm_width(hidden, partial(build_qrnn, config), partial(build_lstm, config))

@@ -27,7 +27,7 @@ LETTERS, SHORTEST, LONGEST = "abcdefgh", 3, 8  # of the strings that are generat
 
 
 class Pair(NamedTuple):
-    """A sentence and its translation."""
+    """Hold a sentence and its translation."""
 
     source: str
     target: str
@@ -35,7 +35,7 @@ class Pair(NamedTuple):
 
 @dataclass(frozen=True)
 class ParallelText:
-    """Three splits of sentence pairs; `name` says what it is, `origin` where it comes from."""
+    """Hold three splits of sentence pairs; `name` says what it is, `origin` where it comes from."""
 
     name: str
     origin: str
@@ -77,7 +77,7 @@ def _read_split(folder: Path, split: str, source: str, target: str) -> list[Pair
 
 
 def _lines(path: Path) -> list[str]:
-    """The lines without blanks at both ends; `str.splitlines` would cut at rarer characters too."""
+    """Return the lines without blanks at both ends; `str.splitlines` would cut at rarer characters too."""
     text = decode(read(path), str(path))
     lines = [line.strip() for line in text.removesuffix("\n").split("\n")]
     if "" in lines:
@@ -103,12 +103,15 @@ def reversed_strings(seed: int) -> ParallelText:
 
 
 def drop_long(pairs: list[Pair], longest: int) -> list[Pair]:
-    """The pairs of which neither side has more characters: for training only, validation and test keep every pair."""
+    """Return the pairs of which neither side has more characters.
+
+    For training only: validation and test keep every pair.
+    """
     return [pair for pair in pairs if max(map(len, pair)) <= longest]
 
 
 def sha256_of_lines(text: ParallelText, longest: int) -> str:
-    """What tells one text from another: all lines, but those of training pairs that `drop_long` leaves out."""
+    """Return what tells one text from another: all lines, but those of training pairs that `drop_long` leaves out."""
     splits = (drop_long(text.train, longest), text.valid, text.test)
     return hashlib.sha256("\n".join(line for split in splits for pair in split for line in pair).encode()).hexdigest()
 
@@ -117,7 +120,7 @@ def sha256_of_lines(text: ParallelText, longest: int) -> str:
 
 
 class Vocabulary:
-    """The characters of both languages, as in the paper, after PAD, BOS, EOS and UNK.
+    """Number the characters of both languages, as in the paper, after PAD, BOS, EOS and UNK.
 
     Args:
         characters: in the order of their ids.
@@ -129,7 +132,7 @@ class Vocabulary:
 
     @classmethod
     def of(cls, pairs: Iterable[Pair], at_least: int = 5) -> Vocabulary:
-        """Of the characters that occur so often; the others are too rare to learn, and teach what UNK is."""
+        """Take the characters that occur so often; the others are too rare to learn, and teach what UNK is."""
         counts = Counter(character for pair in pairs for text in pair for character in text)
         return cls("".join(sorted(character for character, count in counts.items() if count >= at_least)))
 
@@ -147,7 +150,7 @@ class Vocabulary:
 
 
 class Batch(NamedTuple):
-    """Sentences to be read and what to predict: `targets[b, t]` is the character that follows `inputs[b, t]`."""
+    """Hold sentences to be read and what to predict: `targets[b, t]` is the character that follows `inputs[b, t]`."""
 
     source: Tensor  # (B, S) int64, PAD where padded
     source_lengths: Tensor  # (B,) int64
@@ -156,7 +159,7 @@ class Batch(NamedTuple):
 
 
 class PairBatches:
-    """Batches of pairs of similar length, padded on the right; every pair once an epoch.
+    """Give batches of pairs of similar length, padded on the right; every pair once an epoch.
 
     Pairs are sorted by the length of the source, then by that of the target: most batches have sources of one length,
     which leaves little padding, and nothing to be packed for an LSTM. The order of an epoch depends on nothing but the
@@ -175,7 +178,7 @@ class PairBatches:
         carry: False: a model starts every batch without a state.
 
     Raises:
-        CorpusError: no pairs.
+        CorpusError: if there are no pairs.
     """
 
     carry = False
@@ -194,7 +197,7 @@ class PairBatches:
         return math.ceil(len(self.pairs) / self.batch_size)
 
     def epoch(self, n: int) -> Iterator[Batch]:
-        """The batches of epoch n."""
+        """Return the batches of epoch n."""
         rng = random.Random(f"{self.seed} {n}") if self.shuffle else None
         lengths = [(len(source), len(target)) for source, target in self.pairs]
         for batch in by_length(lengths, self.batch_size, rng):
@@ -205,6 +208,6 @@ class PairBatches:
 
 
 def pad_sources(sources: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
-    """Sources (S_b,) as one tensor (B, S), PAD where padded, and their lengths (B,)."""
+    """Return sources (S_b,) as one tensor (B, S), PAD where padded, and their lengths (B,)."""
     sources = list(sources)
     return pad_sequence(sources, batch_first=True, padding_value=PAD), torch.tensor(list(map(len, sources)))

@@ -42,7 +42,7 @@ def build_lstm(config: Config, hidden: int, vocabulary: int) -> LSTMSeq2Seq:
 
 
 def build_model(config: Config, name: str, vocabulary: int) -> Translator:
-    """The translator "qrnn" or "lstm", initialised from the seed."""
+    """Return the translator "qrnn" or "lstm", initialised from the seed."""
     builders: dict[str, Callable[[Config, int, int], Translator]] = {"qrnn": build_qrnn, "lstm": build_lstm}
     hidden, build = config.hidden, builders[name]
     if name == "lstm" and config.match:
@@ -59,7 +59,7 @@ def build_model(config: Config, name: str, vocabulary: int) -> Translator:
 
 
 def recurrent_part(model: Translator) -> nn.ModuleList:
-    """All but the embeddings and the softmax."""
+    """Return all but the embeddings and the softmax."""
     outside = (model.source_embedding, model.target_embedding, model.output)
     return nn.ModuleList(child for child in model.children() if child not in outside)
 
