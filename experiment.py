@@ -9,7 +9,8 @@ if __name__ == "__main__":  # while it imports, Ctrl-C ends it without a traceba
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,13 @@ from torch import nn
 
 from lab.batches import SentenceBatches, StreamBatches, build_vocabulary, encode
 from lab.command_line import exit_code, parse
-from lab.corpora import Corpus, load_corpus, split_sentences
+from lab.corpora import SPLITS, Corpus, load_corpus, split_sentences
 from lab.dense_lstm import DenseLSTM
 from lab.initial import initialise
 from lab.language_model import LanguageModel, generate, next_word_loss
 from lab.presets import PRESETS, Config
 from lab.report import Layout, fenced
-from lab.run import Task, count_parameters, load_best, matched_width, recorded, run
+from lab.run import Task, load_best, lstm_width, recorded, run
 from lab.run_folder import RunFolder
 from lab.settings import InputError
 from lab.training import Batches, evaluate, perplexity
@@ -39,67 +40,32 @@ HEAD_SEQUENCES = 4 * EVALUATION_ROWS  # of the validation split, to time evaluat
 EVALUATION_WINDOW = 1000  # words of the one row of a stream that are evaluated at a time
 
 
-@dataclass(frozen=True)
-class Data:
-    """A corpus ready to train on; `floor` is the best possible perplexity of each split, where it is known."""
-
-    tokenizer: Tokenizer
-    train: Batches
-    valid: Batches
-    test: Batches
-    valid_head: Batches  # a little of `valid`, to estimate the time that all of it takes
-    floor: dict[str, float]
-    fingerprint: dict[str, Any]
-
-
 # --- data and models -------------------------------------------------------------------------------------------------
 
 
-def prepare_data(config: Config) -> Data:
-    """Raises CorpusError: the corpus is not there, or not what it should be."""
-    corpus = load_corpus(config.corpus, config.data, seed=config.seed)
-    train, valid, test = split_up(corpus, config)
-    tokenizer = build_vocabulary(train, config.vocabulary)
-    encoded = {name: encode(tokenizer, split) for name, split in (("train", train), ("valid", valid), ("test", test))}
-    batches: SentenceBatches | StreamBatches
-    if config.protocol == "sentence":
-        batches = SentenceBatches(encoded["train"], config.batch_size, seed=config.seed)
-    else:
-        batches = StreamBatches(encoded["train"], config.batch_size, config.bptt)
-    return Data(
-        tokenizer,
-        batches,
-        evaluation_batches(config, encoded["valid"]),
-        evaluation_batches(config, encoded["test"]),
-        evaluation_batches(config, encoded["valid"][:HEAD_SEQUENCES]),
-        corpus.floor or {},
-        {
-            "name": corpus.name,
-            "source": corpus.source,
-            "sha256_of_words": corpus.sha256_of_words,
-            "vocabulary": tokenizer.get_vocab_size(),
-            "padding": round(batches.padding, 4),
-        }
-        | {f"{name}_tokens": sum(map(len, sequences)) for name, sequences in encoded.items()},
-    )
-
-
 def split_up(corpus: Corpus, config: Config) -> tuple[list[list[str]], ...]:
-    """The sequences of the three splits, in words."""
+    """Return the sequences of the three splits, in words."""
     if config.protocol == "stream" or corpus.floor is not None:  # the lines of the artificial language are sentences
         return corpus.train, corpus.valid, corpus.test
     return split_sentences(corpus)
 
 
+def training_batches(config: Config, sequences: list[torch.Tensor]) -> SentenceBatches | StreamBatches:
+    """Return the batches of a split to train on."""
+    if config.protocol == "sentence":
+        return SentenceBatches(sequences, config.batch_size, seed=config.seed)
+    return StreamBatches(sequences, config.batch_size, config.bptt)
+
+
 def evaluation_batches(config: Config, sequences: list[torch.Tensor]) -> Batches:
-    """A split for `evaluate`: a stream is one row, so that nothing depends on a batch size."""
+    """Return a split for `evaluate`: a stream is one row, so that nothing depends on a batch size."""
     if config.protocol == "sentence":
         return SentenceBatches(sequences, EVALUATION_ROWS, shuffle=False)
     return StreamBatches(sequences, 1, EVALUATION_WINDOW)
 
 
 def dropout_between(config: Config) -> float:
-    """With one layer there is nothing between layers, and both classes warn."""
+    """Return the dropout between layers; with one layer there is none, and both classes would warn."""
     return config.dropout if config.layers > 1 else 0.0
 
 
@@ -128,12 +94,10 @@ def build_lstm(config: Config, hidden: int) -> nn.LSTM | DenseLSTM:
 
 
 def build_model(config: Config, name: str, vocabulary: int) -> LanguageModel:
-    """The language model "qrnn" or "lstm", initialised from the seed."""
+    """Return the language model "qrnn" or "lstm", initialised from the seed."""
     hidden, build = config.hidden, {"qrnn": build_qrnn, "lstm": build_lstm}[name]
     if name == "lstm" and config.match:
-        with torch.device("meta"):
-            target = count_parameters(build_qrnn(config, hidden))
-        hidden = matched_width(target, lambda width: build_lstm(config, width))
+        hidden = lstm_width(hidden, partial(build_qrnn, config), partial(build_lstm, config))
     torch.manual_seed(config.seed)
     rnn = build(config, hidden)
     initialise(rnn, config)
@@ -159,64 +123,89 @@ class LanguageModelling(Task[LanguageModel]):
         processes: that train together.
 
     Raises:
-        InputError, CorpusError: the corpus is not there, or not what it should be.
+        InputError: if there are more processes than rows of a stream.
+        CorpusError: if the corpus is not there, or not what it should be.
     """
 
     config: Config
+    train: SentenceBatches | StreamBatches
     step = staticmethod(next_word_loss)
     hint = "That is long: it is meant for a GPU. --preset small takes about 40 minutes on 2 CPU cores."
 
     def __init__(self, config: Config, processes: int = 1) -> None:
         if config.protocol == "stream" and config.batch_size < processes:
             raise InputError(f"--batch-size {config.batch_size}: at least one row for each process expected")
-        self.config, self.data = config, prepare_data(config)
-        self.train, self.valid, self.head = self.data.train, self.data.valid, self.data.valid_head
-        self.fingerprint = self.data.fingerprint
-        self.files = {VOCABULARY: self.data.tokenizer.to_str(pretty=True)}
-        floor = self.data.floor
-        self.layout = Layout(
-            unit="tokens",
-            measure="perplexity",
-            convert=perplexity,
-            columns={
-                "validation perplexity": lambda result: f"{result['valid_perplexity']:.2f}",
-                "test perplexity": lambda result: (
-                    "not read" if result["test_perplexity"] is None else f"{result['test_perplexity']:.2f}"
-                ),
-            },
-            best_possible={
-                f"{'validation' if split == 'valid' else split} perplexity": floor[split] for split in floor
-            },
-            facts=[
-                "Perplexity is exp(sum of the negative log-likelihoods / number of words) over the whole split. Test "
-                "is read once, at the epoch that was best on validation.",
-                f"Protocol `{config.protocol}`, {self.fingerprint['vocabulary']:,} words, "
-                f"{self.fingerprint['train_tokens']:,} training tokens, "
-                f"{100 * self.fingerprint['padding']:.1f} % padding.",
-            ],
-            sections=samples,
-        )
+        self.config = config
+        corpus = load_corpus(config.corpus, config.data, seed=config.seed)
+        splits = dict(zip(SPLITS, split_up(corpus, config), strict=True))
+        self.tokenizer = build_vocabulary(splits["train"], config.vocabulary)
+        encoded = {name: encode(self.tokenizer, split) for name, split in splits.items()}
+        self.train = training_batches(config, encoded["train"])
+        self.valid = evaluation_batches(config, encoded["valid"])
+        self.head = evaluation_batches(config, encoded["valid"][:HEAD_SEQUENCES])
+        self.test = evaluation_batches(config, encoded["test"])
+        self.floor = corpus.floor or {}
+        self.fingerprint = {
+            "name": corpus.name,
+            "source": corpus.source,
+            "sha256_of_words": corpus.sha256_of_words,
+            "vocabulary": self.tokenizer.get_vocab_size(),
+            "padding": round(self.train.padding, 4),
+            **{f"{name}_tokens": sum(map(len, sequences)) for name, sequences in encoded.items()},
+        }
+        self.files = {VOCABULARY: self.tokenizer.to_str(pretty=True)}
+        self.layout = perplexity_layout(self.fingerprint, config.protocol, self.floor)
 
     def build(self, name: str) -> LanguageModel:
-        return build_model(self.config, name, self.data.tokenizer.get_vocab_size())
+        return build_model(self.config, name, self.tokenizer.get_vocab_size())
 
     def recurrent(self, model: LanguageModel) -> nn.Module:
         return model.rnn
 
     def validate(self, model: nn.Module) -> float:
-        return evaluate(model, self.step, self.valid, self.data.floor.get("valid"))
+        return evaluate(model, self.step, self.valid, self.floor.get("valid"))
 
     def judge(self, model: LanguageModel, valid_loss: float, test: bool) -> dict[str, Any]:
-        test_loss = evaluate(model, self.step, self.data.test, self.data.floor.get("test")) if test else None
+        test_loss = evaluate(model, self.step, self.test, self.floor.get("test")) if test else None
         return {
             "valid_perplexity": perplexity(valid_loss),
             "test_perplexity": None if test_loss is None else perplexity(test_loss),
-            "sample": sample(self.config, self.data.tokenizer, model, []),
+            "sample": sample(self.config, self.tokenizer, model, []),
         }
 
 
+def perplexity_layout(fingerprint: dict[str, Any], protocol: str, floor: dict[str, float]) -> Layout:
+    """Return what the report shows.
+
+    Args:
+        fingerprint: of the task.
+        protocol: how the text was read.
+        floor: split -> the best possible perplexity, where it is known.
+    """
+    return Layout(
+        unit="tokens",
+        measure="perplexity",
+        convert=perplexity,
+        columns={
+            "validation perplexity": lambda result: f"{result['valid_perplexity']:.2f}",
+            "test perplexity": lambda result: (
+                "not read" if result["test_perplexity"] is None else f"{result['test_perplexity']:.2f}"
+            ),
+        },
+        best_possible={f"{'validation' if split == 'valid' else split} perplexity": floor[split] for split in floor},
+        facts=[
+            "Perplexity is exp(sum of the negative log-likelihoods / number of words) over the whole split. Test "
+            "is read once, at the epoch that was best on validation.",
+            f"Protocol `{protocol}`, {fingerprint['vocabulary']:,} words, "
+            f"{fingerprint['train_tokens']:,} training tokens, "
+            f"{100 * fingerprint['padding']:.1f} % padding.",
+        ],
+        sections=samples,
+    )
+
+
 def samples(results: list[dict[str, Any]], folder: Path) -> list[str]:
-    """The part of the report that shows what the models write."""
+    """Return the part of the report that shows what the models write."""
     lines = ["", "The samples below come from the same random draws."] if len(results) > 1 else []
     for result in results:
         lines += ["", f"## A sample of the {NAMES[result['model']]}", "", *fenced([result["sample"]])]
@@ -232,7 +221,7 @@ def continue_text(config: Config, prompt: str) -> int:
     """Print how the models of a run continue the prompt.
 
     Raises:
-        InputError, CheckpointError: there is no such run, or nothing in it.
+        InputError, CheckpointError: if there is no such run, or nothing in it.
     """
     folder = RunFolder(config.folder)
     record = folder.record(config.experiment)
@@ -254,7 +243,7 @@ def continue_text(config: Config, prompt: str) -> int:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """The exit code: 0, 1 if the run failed, 2 if the input was wrong, 130 if it was interrupted."""
+    """Return the exit code: 0, 1 if the run failed, 2 if the input was wrong, 130 if it was interrupted."""
 
     def command() -> int:
         config = parse(arguments, PRESETS)

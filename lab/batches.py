@@ -10,9 +10,9 @@ from __future__ import annotations
 import math
 import random
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from tokenizers import Tokenizer
@@ -28,6 +28,7 @@ from lab.synthetic import EOS
 UNK = "<unk>"
 EOS_ID, UNK_ID = 0, 1  # in every vocabulary
 IGNORE = -100  # target of a padded position, the default `ignore_index` of PyTorch's cross entropy
+Length = TypeVar("Length", int, tuple[int, ...])  # of a sequence, or of all that belong together
 
 # --- vocabulary ------------------------------------------------------------------------------------------------------
 
@@ -53,7 +54,7 @@ def build_vocabulary(sequences: Iterable[list[str]], size: int | None) -> Tokeni
 
 
 def encode(tokenizer: Tokenizer, sequences: list[list[str]]) -> list[Tensor]:
-    """For each sequence of n words its ids and that of `EOS`: (n + 1,), int64, all views of one tensor."""
+    """Return for each sequence of n words its ids and that of `EOS`: (n + 1,), int64, all views of one tensor."""
     vocabulary = tokenizer.get_vocab()  # looking words up takes half the time of tokenizer.encode_batch
     ids = [vocabulary.get(word, UNK_ID) for sequence in sequences for word in (*sequence, EOS)]
     return list(torch.tensor(ids, dtype=torch.int64).split([len(sequence) + 1 for sequence in sequences]))
@@ -63,14 +64,35 @@ def encode(tokenizer: Tokenizer, sequences: list[list[str]]) -> list[Tensor]:
 
 
 class Batch(NamedTuple):
-    """One step's input and what it is to predict: `targets[b, t]` is the word that follows `inputs[b, t]`."""
+    """Hold a step's input and what it is to predict: `targets[b, t]` is the word that follows `inputs[b, t]`."""
 
     inputs: Tensor  # (B, T) int64
     targets: Tensor  # (B, T) int64, IGNORE where padded
 
 
+def by_length(lengths: Sequence[Length], batch_size: int, rng: random.Random | None) -> list[list[int]]:
+    """Put sequences of similar length into batches.
+
+    Args:
+        lengths: of the sequences.
+        batch_size: sequences in a batch; one of them may have fewer, the longest.
+        rng: draws the order of the batches, and which sequences of equal length meet. None: all in the order of length.
+
+    Returns:
+        the indices of the sequences of each batch; every sequence once.
+    """
+    order = list(range(len(lengths)))
+    if rng is not None:
+        rng.shuffle(order)
+    order.sort(key=lengths.__getitem__)  # stable: equal lengths stay shuffled
+    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    if rng is not None:
+        rng.shuffle(batches)
+    return batches
+
+
 class SentenceBatches:
-    """Batches of sentences of similar length, padded on the right; every sentence once an epoch.
+    """Give batches of sentences of similar length, padded on the right; every sentence once an epoch.
 
     Inputs start with `EOS`, targets end with it. The order of an epoch depends on nothing but the seed and its number.
 
@@ -87,7 +109,7 @@ class SentenceBatches:
         carry: False: a model starts every batch without a state.
 
     Raises:
-        CorpusError: no sequences, or a batch size below 1.
+        CorpusError: if there are no sequences, or the batch size is below 1.
     """
 
     carry = False
@@ -106,23 +128,16 @@ class SentenceBatches:
         return math.ceil(len(self.sequences) / self.batch_size)
 
     def epoch(self, n: int) -> Iterator[Batch]:
-        """The batches of epoch n, (B, T) each, T being the length of the batch's longest sentence."""
-        order = list(range(len(self.sequences)))
-        rng = random.Random(f"{self.seed} {n}")
-        if self.shuffle:
-            rng.shuffle(order)
-        order.sort(key=lambda i: len(self.sequences[i]))  # stable: equal lengths stay shuffled
-        batches = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
-        if self.shuffle:
-            rng.shuffle(batches)
-        for batch in batches:
+        """Return the batches of epoch n, (B, T) each, T being the length of the batch's longest sentence."""
+        rng = random.Random(f"{self.seed} {n}") if self.shuffle else None
+        for batch in by_length(list(map(len, self.sequences)), self.batch_size, rng):
             targets = pad_sequence([self.sequences[i] for i in batch], batch_first=True, padding_value=IGNORE)  # (B, T)
             inputs = pad(targets[:, :-1], (1, 0), value=EOS_ID).clamp(min=EOS_ID)  # padding becomes EOS
             yield Batch(inputs, targets)
 
 
 class StreamBatches:
-    """The whole text as `batch_size` rows, each a contiguous piece of it, read in windows of `bptt` steps.
+    """Give the whole text as `batch_size` rows, each a contiguous piece of it, read in windows of `bptt` steps.
 
     The first input is `EOS`. What is left over when the text is cut into rows of equal length, fewer tokens than rows,
     is dropped; with one row every token is predicted exactly once, which is how to evaluate.
@@ -138,7 +153,7 @@ class StreamBatches:
         carry: True: a model's state after a batch belongs to the start of the next.
 
     Raises:
-        CorpusError: fewer tokens than rows, or a size below 1.
+        CorpusError: if there are fewer tokens than rows, or a size is below 1.
     """
 
     carry = True
@@ -160,7 +175,7 @@ class StreamBatches:
         return math.ceil(self.inputs.shape[1] / self.bptt)
 
     def epoch(self, n: int) -> Iterator[Batch]:
-        """The windows in the order of the text, (B, T) each; the same in every epoch n."""
+        """Return the windows in the order of the text, (B, T) each; the same in every epoch n."""
         return map(Batch, self.inputs.split(self.bptt, dim=1), self.targets.split(self.bptt, dim=1))
 
 

@@ -24,7 +24,7 @@ State = dict[str, Any]
 
 
 class CheckpointError(ValueError):
-    """No usable checkpoint; the message is one line."""
+    """Say that there is no usable checkpoint; the message is one line."""
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
@@ -32,7 +32,12 @@ class CheckpointError(ValueError):
 
 def cause(error: OSError) -> str:
     """Say in a line which file it is about and what the system says."""
-    return f"{error.filename}: {error.strerror}" if error.filename else _first_line(error)
+    return f"{error.filename}: {error.strerror}" if error.filename else first_line(error)
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of what an error says, or its name if it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 @contextlib.contextmanager
@@ -108,6 +113,13 @@ def remove(path: Path) -> None:
             raise
     else:
         path.unlink(missing_ok=True)
+
+
+def put_aside(path: Path) -> None:
+    """Rename what is damaged to `damaged-...`, in the place of an older one."""
+    aside = path.with_name(f"damaged-{path.name}")
+    remove(aside)
+    os.replace(path, aside)
 
 
 def sync_folder(folder: Path) -> None:
@@ -191,10 +203,9 @@ def load_checkpoint(
                 accept(weights, state)
             return weights, state, lines
         except Exception as error:  # its sums may be good and its content anything
-            lines.append(f"{path} is damaged ({_first_line(error)}): falling back to the checkpoint before")
+            lines.append(f"{path} is damaged ({first_line(error)}): falling back to the checkpoint before")
             if set_aside:
-                remove(path.with_name(f"damaged-{path.name}"))
-                os.replace(path, path.with_name(f"damaged-{path.name}"))
+                put_aside(path)
     if lines:
         raise CheckpointError(f"{folder}: every {kind} checkpoint is damaged; start again under another --name")
     return None
@@ -219,14 +230,10 @@ def _sha256(data: bytes) -> str:
 
 
 def _newest_first(folder: Path, kind: str) -> list[Path]:
-    """All that has the name of a checkpoint; a copy beside it, as `best-000004.bak`, has not."""
+    """Return all that has the name of a checkpoint; a copy beside it, as `best-000004.bak`, has not."""
     named = [path for path in folder.glob(f"{kind}-*") if re.fullmatch(rf"{kind}-\d{{6,}}", path.name)]
     return sorted(named, key=_number, reverse=True)
 
 
 def _number(path: Path) -> int:
     return int(path.name.rsplit("-", 1)[1])
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

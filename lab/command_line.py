@@ -142,7 +142,7 @@ def _fail(message: str, code: int) -> int:
 
 
 def _speaks() -> bool:
-    """Of several processes that find the same, one on each machine says it; torchrun numbers them."""
+    """Tell whether this process speaks: of several, one on each machine does; torchrun numbers them."""
     return os.environ.get("LOCAL_RANK", "0") == "0"
 
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lab.checkpoint import first_line
 from lab.synthetic import EOS, perplexity_floor, sample_sentences
 
 SPLITS = ("train", "valid", "test")
@@ -138,7 +139,7 @@ def _synthetic(seed: int) -> Corpus:
 
 def _from_folder(name: str, folder: Path, source: str) -> Corpus:
     files = _find(name, folder)
-    contents = {split: _read(path) for split, path in files.items()}
+    contents = {split: read(path) for split, path in files.items()}
     if name == "wikitext-2":
         for split in SPLITS:
             _verify(contents[split], split, str(files[split]))
@@ -149,13 +150,6 @@ def _from_folder(name: str, folder: Path, source: str) -> Corpus:
 def _corpus(name: str, source: str, contents: dict[str, bytes], files: dict[str, str]) -> Corpus:
     train, valid, test = (_lines(contents[split], files[split]) for split in SPLITS)
     return Corpus(name, source, train, valid, test, files=files)
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise CorpusError(f"{path}: cannot be read ({error.strerror})") from error
 
 
 def _find(name: str, folder: Path) -> dict[str, Path]:
@@ -186,6 +180,18 @@ def _lines(content: bytes, file: str) -> list[list[str]]:
     if not any(lines):
         raise CorpusError(f"{file}: empty file; expected text, one line or paragraph a line")
     return lines
+
+
+def read(path: Path) -> bytes:
+    """Return the content of a file.
+
+    Raises:
+        CorpusError: if it cannot be read.
+    """
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise CorpusError(f"{path}: cannot be read ({error.strerror})") from error
 
 
 def decode(content: bytes, file: str) -> str:
@@ -236,9 +242,8 @@ def _download() -> dict[str, bytes]:
     try:
         rows = fetch("Salesforce/wikitext", "wikitext-2-v1")
     except Exception as error:  # whatever stops the download, the way out is the same
-        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise CorpusError(
-            f"wikitext-2: not in the cache and not downloaded ({reason}); "
+            f"wikitext-2: not in the cache and not downloaded ({first_line(error)}); "
             f"give --data DIR with {_file_names('wikitext-2')}, or use --corpus synthetic"
         ) from error
     contents = {}
@@ -321,7 +326,7 @@ def split_sentences(corpus: Corpus) -> tuple[list[list[str]], list[list[str]], l
 
 
 def sentences(lines: list[list[str]]) -> list[list[str]]:
-    """The sentences of the lines, in lower case, without section headings ("= Title =") and empty lines.
+    """Return the sentences of the lines, in lower case, without section headings ("= Title =") and empty lines.
 
     A sentence ends after ".", "!" or "?" and what closes there: more of these, brackets, a quotation that is open.
     """
@@ -347,7 +352,7 @@ def _cut(line: list[str]) -> Iterator[list[str]]:
 
 
 def length_filter(train: list[list[str]], low: float = 0.05, high: float = 0.95) -> list[list[str]]:
-    """The sentences whose length lies between two quantiles of the lengths, both included.
+    """Return the sentences whose length lies between two quantiles of the lengths, both included.
 
     For the training split only: validation and test keep every sentence, or their perplexity would be another text's.
     """

@@ -9,7 +9,7 @@ States = tuple[tuple[Tensor, Tensor], ...]  # (h, c) of each layer, (1, B, H) ea
 
 
 class DenseLSTM(nn.Module):
-    """LSTM layers, each fed with the input and the outputs of all layers before it (Bradbury et al. 2016, section 2.1).
+    """Feed each LSTM layer with the input and the outputs of all layers before it (Bradbury et al. 2016, section 2.1).
 
     Args:
         input_size: features F of the input.
@@ -26,7 +26,7 @@ class DenseLSTM(nn.Module):
         )
 
     def forward(self, x: Tensor, state: States | None = None) -> tuple[Tensor, States]:
-        """The outputs of the last layer, (B, T, H), and the state after the last step.
+        """Return the outputs of the last layer, (B, T, H), and the state after the last step.
 
         Args:
             x: (B, T, F).

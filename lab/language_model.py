@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from lab.batches import IGNORE, UNK, Batch
+from lab.batches import UNK, Batch
+from lab.losses import token_loss
 from lab.synthetic import EOS
 from lab.training import Carried
 
@@ -15,7 +16,7 @@ INITIAL_RANGE = 0.1  # of embedding and softmax: with larger ones a tied softmax
 
 
 class LanguageModel(nn.Module):
-    """Predicts each next word.
+    """Predict each next word.
 
     Args:
         rnn: called like `nn.LSTM` with batch_first, (B, T, embedding) -> (B, T, hidden).
@@ -50,7 +51,7 @@ class LanguageModel(nn.Module):
             nn.init.uniform_(weight, -INITIAL_RANGE, INITIAL_RANGE)
 
     def forward(self, words: Tensor, state: Carried = None) -> tuple[Tensor, Carried]:
-        """Logits of the next word at every step.
+        """Compute the logits of the next word at every step.
 
         Args:
             words: (B, T), int64.
@@ -67,13 +68,9 @@ class LanguageModel(nn.Module):
 
 
 def next_word_loss(model: nn.Module, batch: Batch, carried: Carried) -> tuple[Tensor, Tensor, Carried]:
-    """The negative log-likelihoods of the targets, summed, in nats; how many they are; the state. A `training.Step`."""
+    """Return the `token_loss` of a batch and the state after it. A `training.Step`."""
     logits, carried = model(batch.inputs, carried)
-    losses = F.cross_entropy(
-        logits.float().flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORE, reduction="none"
-    )  # (B*T,), 0 where padded
-    precise = torch.float32 if losses.device.type == "mps" else torch.float64  # MPS has no float64
-    return losses.sum(dtype=precise), (batch.targets != IGNORE).sum(), carried
+    return *token_loss(logits, batch.targets), carried
 
 
 @torch.no_grad()

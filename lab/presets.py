@@ -11,8 +11,8 @@ from lab.settings import Chosen, Count, KernelSize, Probability, Words, check_te
 
 
 @dataclass(frozen=True)
-class LanguageModelling(Chosen):
-    """What is read."""
+class Text(Chosen):
+    """Say what is read."""
 
     preset: Literal["girrbach", "bradbury", "small", "demo"] = "girrbach"
     """The values that all other flags start from.
@@ -52,7 +52,7 @@ class LanguageModelling(Chosen):
 
 
 @dataclass(frozen=True)
-class Config(RunConfig, LanguageModelling):  # in --help the fields of the last base come first
+class Config(RunConfig, Text):  # in --help the fields of the last base come first
     """Train a QRNN and an LSTM on the same text in the same way, and compare them.
 
     A preset sets every value, each flag changes one. Results go to runs/NAME.

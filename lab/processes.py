@@ -16,11 +16,11 @@ T = TypeVar("T")
 
 
 class ElsewhereError(RuntimeError):
-    """Another process failed; the message is its line."""
+    """Say that another process failed; the message is its line."""
 
 
 class StopSignal:
-    """Within `with`, Ctrl-C and SIGTERM ask for a stop after the step; a second one stops at once."""
+    """Let Ctrl-C and SIGTERM, within `with`, ask for a stop after the step; a second one stops at once."""
 
     def __enter__(self) -> StopSignal:
         self.requested = False

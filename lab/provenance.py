@@ -20,7 +20,7 @@ LIBRARIES = ("torch", "accelerate", "tokenizers", "safetensors")
 
 
 def provenance(*, seed: int, device: str) -> dict[str, Any]:
-    """Where a result comes from, as JSON values: command, commit, seed, machine, versions; no host name and no path.
+    """Say where a result comes from, as JSON values: command, commit, seed, machine, versions; no host name, no path.
 
     Args:
         seed: the result's.
@@ -75,7 +75,7 @@ def script() -> str:
 
 
 def _git(*arguments: str) -> str | None:
-    """What git says about the project's folder; None without git or outside a repository."""
+    """Return what git says about the project's folder; None without git or outside a repository."""
     try:
         command = ["git", "-C", str(ROOT), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
@@ -84,7 +84,7 @@ def _git(*arguments: str) -> str | None:
 
 
 def _without_folder(word: str) -> str:
-    """A word of the command line, of a path only its last part: results are published, folders are private."""
+    """Return a word of the command line, of a path only its last part: results are published, folders are private."""
     flag, equals, value = word.rpartition("=") if word.startswith("--") else ("", "", word)
     return flag + equals + (Path(value).name if os.sep in value else value)
 
@@ -110,8 +110,10 @@ def memory_bytes(device: torch.device) -> int | None:
 
 
 def keep_freed_memory() -> None:
-    """On Linux with glibc: keep large blocks when they are freed, to be used again, as PyTorch does on a GPU. Else each
-    goes back to the system, and every page of the next one is handed out anew, at every training step."""
+    """Keep large blocks when they are freed, to be used again, as PyTorch does on a GPU; on Linux with glibc.
+
+    Else each goes back to the system, and every page of the next one is handed out anew, at every training step.
+    """
     trim_threshold, mmap_max = -1, -4  # names of glibc's malloc.h
     if libc := _glibc():
         libc.mallopt(trim_threshold, 2**31 - 1)
@@ -134,8 +136,11 @@ def _glibc() -> ctypes.CDLL | None:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes. On CUDA the most that was allocated; elsewhere the most memory the whole process held, libraries and data
-    included, since `reset_peak_memory` on Linux and since its start on other systems."""
+    """Return the most memory that was in use, in bytes.
+
+    On CUDA it is what was allocated, elsewhere what the whole process held, libraries and data included. On CUDA and
+    on Linux it counts from `reset_peak_memory` on, elsewhere from the start.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status")

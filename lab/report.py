@@ -33,7 +33,7 @@ Result = dict[str, Any]  # of one model, as JSON values
 
 @dataclass(frozen=True)
 class Layout:
-    """What the report of a task shows.
+    """Say what the report of a task shows.
 
     Attributes:
         unit: of what is read in training, in the plural: "tokens".
@@ -165,7 +165,7 @@ def terminal_table(rows: list[list[str]]) -> str:
 
 
 def markdown(title: str, content: dict[str, Any], table: str, layout: Layout, sections: list[str]) -> str:
-    """report.md."""
+    """Return the text of report.md."""
     corpus, machine = content["corpus"], content["machine"]
     lines = [f"# {title} on {corpus['name']}", ""]
     if content["interrupted"]:
@@ -203,7 +203,7 @@ def fenced(lines: list[str]) -> list[str]:
 
 
 def draw_curves(logs: dict[str, list[dict[str, float]]], layout: Layout, names: dict[str, str]) -> bytes:
-    """A PNG: the validation loss against epochs and seconds, learning rate and gradient norm against steps."""
+    """Draw the validation loss against epochs and seconds, learning rate and gradient norm against steps, as a PNG."""
     figure, axes = plt.subplots(2, 2, figsize=(10, 7), layout="constrained")
     validation = f"validation {layout.measure}"
     panels: tuple[tuple[Axes, str, str, str, str], ...] = (

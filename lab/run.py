@@ -35,7 +35,7 @@ PATIENCE_HOURS = 2  # on a CPU, a longer run is worth a hint
 
 @dataclass(frozen=True)
 class Run:
-    """Where it goes, and how far."""
+    """Say where it goes, and how far."""
 
     name: str | None = None
     """Name of the run: its folder is runs/NAME. none: after the task, the preset, the corpus and the seed."""
@@ -47,7 +47,9 @@ class Run:
 
 @dataclass(frozen=True)
 class RunConfig(Settings, Run, Networks, Chosen):  # in --help the fields of the last base come first
-    """What every experiment has on its command line; it adds its own fields, a `preset` and a `corpus` among them.
+    """Hold what every experiment has on its command line.
+
+    An experiment adds its own fields, a `preset` and a `corpus` among them.
 
     Attributes:
         free: fields that decide about no number: they may be others when a run is resumed.
@@ -58,7 +60,11 @@ class RunConfig(Settings, Run, Networks, Chosen):  # in --help the fields of the
     prefix: ClassVar[str] = ""
 
     def check(self) -> None:
-        """Raises InputError: a value out of range."""
+        """Check every value before any work starts.
+
+        Raises:
+            InputError: if one is out of range.
+        """
         super().check()
         if not self.models or len(set(self.models)) < len(self.models):
             raise InputError(f"--models {' '.join(self.models)}: one or two different ones expected")
@@ -73,16 +79,16 @@ class RunConfig(Settings, Run, Networks, Chosen):  # in --help the fields of the
 
     @property
     def experiment(self) -> str:
-        """The name of the experiment, by which its runs are told from those of others."""
+        """Name the experiment, by which its runs are told from those of others."""
         return self.prefix.rstrip("-") or "experiment"
 
     def deciding(self) -> dict[str, Any]:
-        """The fields that decide about the numbers, as JSON values."""
+        """Return the fields that decide about the numbers, as JSON values."""
         return json.loads(json.dumps({name: value for name, value in asdict(self).items() if name not in self.free}))
 
 
 class Task(ABC, Generic[Model]):
-    """What an experiment brings: the data, the models of type `Model`, and what to say of them.
+    """Say what an experiment brings: the data, the models of type `Model`, and what to say of them.
 
     Attributes:
         config: checked.
@@ -107,15 +113,15 @@ class Task(ABC, Generic[Model]):
 
     @abstractmethod
     def build(self, name: str) -> Model:
-        """The model of the name, initialised from the seed; its attribute `hidden` is the width of its layers."""
+        """Return the model of the name, initialised from the seed; its `hidden` is the width of its layers."""
 
     @abstractmethod
     def recurrent(self, model: Model) -> nn.Module:
-        """The part of a model that is compared; the rest is the same in all."""
+        """Return the part of a model that is compared; the rest is the same in all."""
 
     @abstractmethod
     def judge(self, model: Model, valid_loss: float, test: bool) -> dict[str, Any]:
-        """What the result of a model says beside what is measured in training, as JSON values.
+        """Return what the result of a model says beside what is measured in training, as JSON values.
 
         Args:
             model: with the weights of its best epoch, or where it was interrupted.
@@ -124,7 +130,7 @@ class Task(ABC, Generic[Model]):
         """
 
     def validate(self, model: nn.Module) -> float:
-        """The validation loss, by which the best epoch is chosen."""
+        """Compute the validation loss, by which the best epoch is chosen."""
         return evaluate(model, self.step, self.valid)
 
 
@@ -142,9 +148,9 @@ def run(config: RunConfig, prepare: Callable[[int], Task]) -> int:
         the exit code: 0, or 130 if the run was interrupted.
 
     Raises:
-        InputError, CorpusError, CheckpointError: before anything is overwritten.
-        TrainingError, OSError: nothing that was written is lost.
-        ElsewhereError: one of these in another process.
+        InputError, CorpusError, CheckpointError: if the run cannot start; nothing was overwritten.
+        TrainingError, OSError: if it cannot go on; nothing that was written is lost.
+        ElsewhereError: if one of these came up in another process.
     """
     accelerator = Accelerator(cpu=config.device == "cpu")
     keep_freed_memory()
@@ -194,13 +200,17 @@ def train_all(task: Task, accelerator: Accelerator, folder: RunFolder, record: C
 
 
 def new_record(task: Task, processes: int) -> Content:
-    """What config.json holds: all that decides about the numbers."""
+    """Return what config.json holds: all that decides about the numbers."""
     record = {"experiment": task.config.experiment, "corpus": task.fingerprint, "processes": processes}
     return json.loads(json.dumps(record)) | {"config": task.config.deciding()}
 
 
 def check_same(config: RunConfig, mine: Content, theirs: Content) -> None:
-    """Raises InputError: the run to be resumed is another one."""
+    """Check that the run to be resumed is this one.
+
+    Raises:
+        InputError: if it is another.
+    """
     pairs = [("processes", mine["processes"], theirs["processes"])]
     for part in ("config", "corpus"):
         names = [name for name in mine[part] | theirs[part] if name != "source"]
@@ -250,7 +260,7 @@ def announce(task: Task, accelerator: Accelerator, folders: dict[str, ModelFolde
 
 
 def rounded(seconds: list[float]) -> list[float]:
-    """All to minutes, or all to seconds if they are few, so that what is printed adds up."""
+    """Round all to minutes, or all to seconds if they are few, so that what is printed adds up."""
     unit = 60 if sum(seconds) >= 100 else 1
     return [unit * max(1, round(each / unit)) for each in seconds]
 
@@ -259,22 +269,28 @@ def count_parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def matched_width(target: int, build: Callable[[int], nn.Module]) -> int:
-    """The width at which `build(width)` has as close to `target` parameters as it gets."""
+def lstm_width(hidden: int, build_qrnn: Callable[[int], nn.Module], build_lstm: Callable[[int], nn.Module]) -> int:
+    """Return the width that brings the LSTM's number of parameters closest to the QRNN's.
+
+    Args:
+        hidden: the width of the QRNN.
+        build_qrnn, build_lstm: width -> what is counted; on the meta device, where there are shapes only.
+    """
 
     def count(width: int) -> int:
-        with torch.device("meta"):  # shapes only
-            return count_parameters(build(width))
+        return count_parameters(build_lstm(width))
 
-    upper = 1
-    while count(upper) < target:
-        upper *= 2
-    above = bisect_left(range(1, upper + 1), target, key=count) + 1
-    return min(max(above - 1, 1), above, key=lambda width: abs(count(width) - target))
+    with torch.device("meta"):
+        target = count_parameters(build_qrnn(hidden))
+        upper = 1
+        while count(upper) < target:
+            upper *= 2
+        above = bisect_left(range(1, upper + 1), target, key=count) + 1
+        return min(max(above - 1, 1), above, key=lambda width: abs(count(width) - target))
 
 
 def evaluation_seconds(task: Task, model: nn.Module) -> float:
-    """Seconds that evaluating an item takes."""
+    """Measure the seconds that evaluating an item takes."""
     evaluate(model, task.step, task.head)  # the first time is slower
     started = time.perf_counter()
     evaluate(model, task.step, task.head)
@@ -315,7 +331,7 @@ def train_model(task: Task, name: str, folder: ModelFolder, stop: StopSignal) ->
 
 
 def load_best(folder: ModelFolder, model: nn.Module, training: bool = False) -> tuple[int, float]:
-    """Put the best weights into the model; their epoch, counted from 1, and validation loss.
+    """Put the best weights into the model; return their epoch, counted from 1, and validation loss.
 
     Args:
         folder: of the model.
@@ -323,7 +339,7 @@ def load_best(folder: ModelFolder, model: nn.Module, training: bool = False) -> 
         training: whether this process holds the lock of the run.
 
     Raises:
-        CheckpointError: there are none that are undamaged.
+        CheckpointError: if there are none that are undamaged.
     """
 
     def accept(weights: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
@@ -342,7 +358,7 @@ def recorded(config: AnyConfig, record: Content) -> AnyConfig:
     """Return the settings of a run, and from `config` those that decide about no number.
 
     Raises:
-        InputError: another version of the program has settings that this one has not.
+        InputError: if the run is of another version of the program, with other settings.
     """
     settings, known = record["config"], config.deciding()
     if settings.keys() != known.keys():

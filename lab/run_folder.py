@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,8 +28,8 @@ from lab.checkpoint import (
     append_line,
     cause,
     load_checkpoint,
+    put_aside,
     read_file,
-    remove,
     save_checkpoint,
     write_file,
 )
@@ -44,7 +43,7 @@ Line = dict[str, float]  # of metrics.jsonl
 
 
 class RunFolder:
-    """Reads and writes the folder of a run; its errors name the file."""
+    """Read and write the folder of a run; errors name the file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -154,7 +153,7 @@ class RunFolder:
 
 
 class ModelFolder:
-    """Reads and writes the folder of a model.
+    """Read and write the folder of a model.
 
     The lines of metrics.jsonl are in the checkpoints too. So the file can be written again, and is never read.
 
@@ -247,8 +246,7 @@ class ModelFolder:
         except (OSError, ValueError) as error:
             _warn(f"{path} is damaged ({error}): the model is judged again")
             if training:
-                remove(path.with_name(f"damaged-{RESULT}"))
-                os.replace(path, path.with_name(f"damaged-{RESULT}"))
+                put_aside(path)
             return None
         self.log = content["log"]
         if training:

@@ -18,7 +18,7 @@ class InputError(ValueError):
 
 
 class Range(NamedTuple):
-    """Name the values that a number on the command line may have; infinity and NaN never."""
+    """Name the values that a number may have: low <= value <= high, above < value; infinity and NaN never."""
 
     low: float = -math.inf
     high: float = math.inf
@@ -36,7 +36,7 @@ NotNegative = Annotated[float, Range(low=0)]
 
 @dataclass(frozen=True)
 class Settings:
-    """How to train, whatever the task."""
+    """Say how to train, whatever the task."""
 
     epochs: Count = 40
     """How often to read the training data."""
@@ -78,7 +78,7 @@ class Settings:
             value = getattr(self, name)
             for allowed in _ranges(hint):
                 if value is not None:
-                    check_range(name, value, **allowed._asdict())
+                    check_range(name, value, allowed)
         here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
         if not here.get(self.device, True):
             raise InputError(f"--device {self.device}: this machine has none that PyTorch can use; take auto or cpu")
@@ -115,7 +115,7 @@ class Chosen:
 
 @dataclass(frozen=True)
 class Networks:
-    """Which networks are compared.
+    """Say which networks are compared.
 
     Attributes:
         names: of the models that there are: what they are called on the command line -> in reports.
@@ -160,14 +160,13 @@ def _ranges(hint: Any) -> list[Range]:
     return [extra for part in parts for extra in getattr(part, "__metadata__", ()) if isinstance(extra, Range)]
 
 
-def check_range(
-    name: str, value: float, *, low: float = -math.inf, high: float = math.inf, above: float = -math.inf
-) -> None:
+def check_range(name: str, value: float, allowed: Range) -> None:
     """Check a number.
 
     Raises:
-        InputError: unless low <= value <= high, above < value, and value is finite; NaN is never in range.
+        InputError: if it is out of range, infinite or NaN.
     """
+    low, high, above = allowed
     if not (low <= value <= high and above < value < math.inf):
         limits = [f"more than {above:g}"] * (above > -math.inf) + [f"at least {low:g}"] * (low > -math.inf)
         limits += [f"at most {high:,}"] * (high < math.inf)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +18,7 @@ Carried = Tensor | tuple | None  # what a model remembers from one batch to the 
 
 @dataclass
 class Progress:
-    """How far the training of a model has come. All numbers are whole epochs, steps, items or seconds."""
+    """Hold how far the training of a model has come."""
 
     step: int = 0
     epoch: int = 0  # epochs completed
@@ -81,27 +82,20 @@ def check_optimizer(model: nn.Module, state: dict[str, Any]) -> None:
 # --- tensors in tuples, random numbers -------------------------------------------------------------------------------
 
 
-def detached(carried: Carried) -> Carried:
-    """Without the history; every kind of tuple becomes a plain one, which a checkpoint can hold."""
+def mapped(function: Callable[[Tensor], Tensor], carried: Carried) -> Carried:
+    """Apply a function to each tensor; every kind of tuple becomes a plain one, which a checkpoint can hold."""
     if isinstance(carried, tuple):
-        return tuple(detached(part) for part in carried)
-    return None if carried is None else carried.detach()
-
-
-def moved(carried: Carried, device: torch.device | str) -> Carried:
-    """On the device."""
-    if isinstance(carried, tuple):
-        return tuple(moved(part, device) for part in carried)
-    return None if carried is None else carried.to(device)
+        return tuple(mapped(function, part) for part in carried)
+    return None if carried is None else function(carried)
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """A batch of the same type on the device."""
+    """Return a batch of the same type on the device."""
     return type(batch)(*(tensor.to(device, non_blocking=True) for tensor in batch))
 
 
 def generator_states(device: torch.device) -> dict[str, Tensor]:
-    """The states of all random number generators that training on the device draws from."""
+    """Return the states of all random number generators that training on the device draws from."""
     states = {"cpu": torch.get_rng_state()}
     if device.type in ("cuda", "mps"):
         states[device.type] = getattr(torch, device.type).get_rng_state()
@@ -109,6 +103,6 @@ def generator_states(device: torch.device) -> dict[str, Tensor]:
 
 
 def set_generator_states(states: dict[str, Tensor]) -> None:
-    """The inverse of `generator_states`."""
+    """Set the states that `generator_states` returned."""
     for name, state in states.items():
         torch.set_rng_state(state) if name == "cpu" else getattr(torch, name).set_rng_state(state)

@@ -56,7 +56,10 @@ GRAMMAR: dict[str, tuple[list[str], dict[str, float]]] = {
 
 
 def _emissions(words: list[str]) -> dict[str, list[float]]:
-    """Word -> its probability in each topic, among the words of its class. Topics differ in the content words only."""
+    """Return word -> its probability in each topic, among the words of its class.
+
+    Topics differ in the content words only.
+    """
     if words not in (NOUNS, VERBS, ADJECTIVES):
         return {word: [1 / len(words)] * len(TOPICS) for word in words}
     size, per_topic = len(words), len(words) // len(TOPICS)
@@ -72,7 +75,7 @@ EMISSIONS = {place: _emissions(words) for place, (words, _) in GRAMMAR.items()}
 
 @functools.cache
 def _next_words(place: str, clause: int, first_word: str) -> dict[str, tuple[str, list[float]]]:
-    """Word -> (its place, its probability in each topic), for all words that can follow in clause 0, 1 or 2."""
+    """Return word -> (its place, its probability in each topic), for all words that can follow in clause 0, 1 or 2."""
     words: dict[str, tuple[str, list[float]]] = {}
     for following, probability in _following(place, clause).items():
         emissions = {first_word: [1.0] * len(TOPICS)} if following == "recall" else EMISSIONS[following]
@@ -88,7 +91,7 @@ def _following(place: str, clause: int) -> dict[str, float]:
 
 
 def _read(prefix: list[str]) -> tuple[str, int, list[float]]:
-    """The place and the clause that the last word is in, and for each topic the probability of it and the prefix."""
+    """Return the place and the clause of the last word, and for each topic the probability of it and the prefix."""
     place, clause, joint = "start", 0, [1 / len(TOPICS)] * len(TOPICS)
     for word in prefix:
         words = _next_words(place, clause, prefix[0])
@@ -101,7 +104,7 @@ def _read(prefix: list[str]) -> tuple[str, int, list[float]]:
 
 
 def next_word_probabilities(prefix: list[str]) -> dict[str, float]:
-    """The exact distribution of the word after the words of a sentence so far.
+    """Return the exact distribution of the word after the words of a sentence so far.
 
     Args:
         prefix: the first words of a sentence; none, for the distribution of the first word.
@@ -110,7 +113,7 @@ def next_word_probabilities(prefix: list[str]) -> dict[str, float]:
         Every word that can follow, `EOS` among them, and its probability; they sum to 1 (no word after `EOS`: empty).
 
     Raises:
-        ValueError: no sentence of the language begins like that.
+        ValueError: if no sentence of the language begins like that.
     """
     place, clause, joint = _read(prefix)
     words, total = _next_words(place, clause, prefix[0] if prefix else ""), sum(joint)
@@ -120,7 +123,7 @@ def next_word_probabilities(prefix: list[str]) -> dict[str, float]:
 
 
 def perplexity_floor(sentences: list[list[str]]) -> float:
-    """The lowest perplexity that a model without sight of the future can expect on these sentences (without `EOS`).
+    """Return the lowest perplexity to be expected on these sentences (without `EOS`) without sight of the future.
 
     By the chain rule the product of `next_word_probabilities` over a sentence and its `EOS` is the sentence's
     probability, which is a sum over the topics.
@@ -130,7 +133,7 @@ def perplexity_floor(sentences: list[list[str]]) -> float:
 
 
 def sample_sentences(count: int, seed: int = 0) -> list[list[str]]:
-    """`count` independent sentences of 8 to 31 words, without `EOS`; the same for the same seed."""
+    """Return `count` independent sentences of 8 to 31 words, without `EOS`; the same for the same seed."""
     rng = random.Random(seed)
     return [_sample_sentence(rng) for _ in range(count)]
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class Patient(io.FileIO):
-    """A stream of the process that drops what it cannot write: a run is worth more than its messages.
+    """Drop what a stream of the process cannot write: a run is worth more than its messages.
 
     Attributes:
         lost: why something was dropped, unless the reader had gone, as in `| head -1`.

@@ -32,15 +32,15 @@ from lab.state import (
     Progress,
     check_optimizer,
     check_weights,
-    detached,
     generator_states,
-    moved,
+    mapped,
     progress_from,
     set_generator_states,
     to_device,
 )
 
 LOG_LINES = 500  # lines of metrics.jsonl a run, about
+TIMED_STEPS = 4  # to estimate how long a run takes
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw": partial(torch.optim.AdamW, fused=True),  # one pass over the weights, not one an operation
     "adam": torch.optim.Adam,
@@ -57,7 +57,7 @@ Step = Callable[[nn.Module, Any, Carried], tuple[Tensor, Tensor, Carried]]
 
 
 class Batches(Protocol):
-    """The batches of a split: `epoch(n)` must give the same ones whenever it is called with the same n."""
+    """Give the batches of a split: `epoch(n)` must return the same ones whenever it is called with the same n."""
 
     carry: bool  # whether rows continue from batch to batch, so that the model's state is carried
     tokens: int  # items in an epoch
@@ -68,23 +68,28 @@ class Batches(Protocol):
 
 
 class TrainingError(RuntimeError):
-    """Training cannot go on; the message is one line, and the checkpoints are good."""
+    """Say that training cannot go on; the message is one line, and the checkpoints are good."""
 
 
 class FutureLeakWarning(UserWarning):
-    """A model is better than possible."""
+    """Warn of a model that is better than possible."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What training came to: `interrupted_loss` is the validation loss where it was stopped, None if it is finished."""
+    """Hold what training came to.
+
+    Attributes:
+        progress: at its end.
+        interrupted_loss: the validation loss where it was stopped; None if it is finished.
+    """
 
     progress: Progress
     interrupted_loss: float | None
 
 
 class Trainer:
-    """Trains one model.
+    """Train one model.
 
     With several processes, each iterates over the same batches and takes its share of the rows, so that the result is
     that of one process with the same batches.
@@ -120,7 +125,7 @@ class Trainer:
     # --- one step ----------------------------------------------------------------------------------------------------
 
     def update(self, batch: Batch) -> None:
-        """One step of the optimiser on the mean loss of an item of the whole batch, whoever computes it."""
+        """Make a step of the optimiser on the mean loss of an item of the whole batch, whoever computes it."""
         learning_rate = self.settings.learning_rate(self.progress.step, len(self.batches))
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
@@ -134,13 +139,13 @@ class Trainer:
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.settings.clip or math.inf)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.carried = detached(carried) if self.batches.carry else None
+        self.carried = mapped(Tensor.detach, carried) if self.batches.carry else None
         self.unread.append(torch.stack([*sums, norm.detach().float()]))
         self.progress.step += 1
         self.progress.batch += 1
 
     def _share(self, batch: Batch) -> tuple[Batch, int]:
-        """The rows of this process; where it has none, any row with the weight 0."""
+        """Return the rows of this process and the weight 1; where it has none, any row with the weight 0."""
         rank, count = self.accelerator.process_index, self.accelerator.num_processes
         share = int(rank < len(batch[0]))
         rows = slice(rank, None, count) if share else slice(0, 1)
@@ -166,9 +171,9 @@ class Trainer:
             show: what to print in the place of a loss.
 
         Raises:
-            CheckpointError: no usable checkpoint.
-            OSError: a file cannot be written; it is named.
-            TrainingError: the loss is not finite.
+            CheckpointError: if there are checkpoints, none of them usable.
+            OSError: if a file cannot be written; it is named.
+            TrainingError: if the loss is not finite.
         """
         self._folder, self._label, self._show = folder, label, show
         main_only(self.accelerator, folder.make)
@@ -231,7 +236,10 @@ class Trainer:
             self._folder.save("best", self.model.state_dict(), best)
 
     def _epoch_line(self, valid_loss: float) -> str:
-        """For example "qrnn epoch 2/4: valid 95.2, 9 min left"; from the speed since the beginning, resumed or not."""
+        """Return a line such as "qrnn epoch 2/4: valid 95.2, 9 min left".
+
+        The speed is that since the beginning, resumed or not.
+        """
         progress, total = self.progress, self.settings.epochs * len(self.batches)
         line = f"{self._label} epoch {progress.epoch}/{self.settings.epochs}: valid {self._show(valid_loss):.4g}"
         left = progress.wall_seconds / progress.step * (total - progress.step)
@@ -243,7 +251,7 @@ class Trainer:
         """Bring the steps since the last time into `progress`, with the time they took.
 
         Raises:
-            TrainingError: one of them was not finite. No checkpoint can have been written since.
+            TrainingError: if one of them was not finite. No checkpoint can have been written since.
         """
         progress = self.progress
         steps = torch.stack(self.unread).tolist() if self.unread else []
@@ -262,7 +270,7 @@ class Trainer:
             progress.window.append((loss, items, norm))
 
     def _log_window(self) -> None:
-        """One line of metrics.jsonl on the steps since the line before."""
+        """Write a line of metrics.jsonl on the steps since the line before."""
         self.read_steps()
         progress, window = self.progress, self.progress.window
         loss = sum(loss for loss, _, _ in window) / sum(items for _, items, _ in window)
@@ -286,7 +294,8 @@ class Trainer:
             raise TrainingError(f"stopped at step {progress.step}: weights are not finite; {ADVICE}")
         progress.wall_seconds += time.perf_counter() - self._wall_since
         progress.peak_memory = max(progress.peak_memory, peak_memory(self.device))
-        ranks = gather_object([{"generators": generator_states(self.device), "carried": moved(self.carried, "cpu")}])
+        carried = mapped(Tensor.cpu, self.carried)
+        ranks = gather_object([{"generators": generator_states(self.device), "carried": carried}])
         state = {"progress": asdict(progress), "optimizer": self.optimizer.state_dict(), "ranks": ranks}
         main_only(self.accelerator, lambda: self._folder.save("last", self.model.state_dict(), state))
         self._resume_clock()
@@ -298,7 +307,7 @@ class Trainer:
         """Go on from the last good checkpoint in the folder, if there is one, and bring metrics.jsonl to where it was.
 
         Raises:
-            CheckpointError: all are damaged.
+            CheckpointError: if all are damaged.
         """
         main = self.accelerator.is_main_process
         found = self._folder.load("last", self._accept, training=main)
@@ -306,7 +315,11 @@ class Trainer:
             self._folder.restart_log([] if found is None else parse_log(found[1]["log"]))
 
     def _accept(self, weights: Weights, state: State) -> None:
-        """Take over a checkpoint; raises something where it does not fit this model."""
+        """Take over a checkpoint.
+
+        Raises:
+            Exception: if it does not fit this model.
+        """
         check_weights(self.model, weights)
         check_optimizer(self.model, state["optimizer"])
         parse_log(state["log"])
@@ -314,7 +327,7 @@ class Trainer:
         if not (0 <= progress.epoch <= self.settings.epochs and 0 <= progress.batch <= len(self.batches)):
             raise CheckpointError(f"epoch {progress.epoch}, batch {progress.batch} are not of this training")
         mine = state["ranks"][self.accelerator.process_index]
-        carried = moved(mine["carried"], self.device)
+        carried = mapped(lambda tensor: tensor.to(self.device), mine["carried"])
         self.model.load_state_dict(weights)
         self._try(carried)
         self.optimizer.load_state_dict(state["optimizer"])
@@ -335,7 +348,7 @@ class Trainer:
 
 @torch.no_grad()
 def evaluate(model: nn.Module, step: Step, batches: Batches, floor: float | None = None) -> float:
-    """The mean loss of an item over a whole split, in nats, in eval mode; exp of it is the perplexity.
+    """Return the mean loss of an item over a whole split, in nats, in eval mode; exp of it is the perplexity.
 
     It does not depend on how the split is cut into batches: losses are summed in float64 and divided once.
 
@@ -343,7 +356,7 @@ def evaluate(model: nn.Module, step: Step, batches: Batches, floor: float | None
         floor: the lowest perplexity that is possible without seeing the future, if it is known.
 
     Warns:
-        FutureLeakWarning: the model is better than that.
+        FutureLeakWarning: if the model is better than that.
     """
     device = next(model.parameters()).device
     total: Tensor | float = 0.0
@@ -368,14 +381,17 @@ def evaluate(model: nn.Module, step: Step, batches: Batches, floor: float | None
 
 
 def perplexity(loss: float) -> float:
-    """exp(loss), and infinity where that is too large for a float."""
+    """Return exp(loss), and infinity where that is too large for a float."""
     return math.exp(loss) if loss < 700 else math.inf
 
 
-def seconds_per_item(model: nn.Module, step: Step, batches: Batches, settings: Settings, steps: int = 4) -> float:
-    """Seconds that an item takes in training, from a few real steps, which change the model: give one to throw away."""
+def seconds_per_item(model: nn.Module, step: Step, batches: Batches, settings: Settings) -> float:
+    """Measure how many seconds an item takes in training.
+
+    That takes a few real steps, which change the model: give one to throw away.
+    """
     trainer = Trainer(model, step, batches, settings)
-    first, *rest = islice(batches.epoch(0), steps + 1)
+    first, *rest = islice(batches.epoch(0), TIMED_STEPS + 1)
     trainer.update(first)  # slower than the others: memory, compilation
     trainer.read_steps()
     trainer.progress = Progress()
@@ -386,7 +402,7 @@ def seconds_per_item(model: nn.Module, step: Step, batches: Batches, settings: S
 
 
 def describe_time(seconds: float) -> str:
-    """For example "45 s", "12 min" or "3 h 20 min"."""
+    """Describe a time, for example "45 s", "12 min" or "3 h 20 min"."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     hours, minutes = divmod(round(seconds / 60), 60)

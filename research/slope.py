@@ -19,7 +19,7 @@ from lab.command_line import Parser, exit_code, parse
 from lab.language_model import LanguageModel
 from lab.presets import PRESETS, Config
 from lab.run import run
-from lab.settings import check_range
+from lab.settings import Range, check_range
 from qrnn_layer import QRNNLayer
 
 
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str]) -> int:
     options, flags = parser.parse_known_args(arguments)
 
     def command() -> int:
-        check_range("slope", options.slope, above=0)
+        check_range("slope", options.slope, Range(above=0))
         config = parse([*flags, "--activation", "shifted_softplus"], PRESETS)
         return run(config, lambda processes: SlopeModelling(config, processes, options.slope))
 

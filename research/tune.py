@@ -19,7 +19,7 @@ import optuna
 
 from lab.command_line import Parser, exit_code, parse
 from lab.presets import PRESETS, Config
-from lab.settings import check_range
+from lab.settings import Range, check_range
 from research.jobs import Job, Jobs, carry_out
 
 SPACE = {
@@ -53,9 +53,9 @@ def jobs(flags: Sequence[str], count: int) -> Jobs:
         InputError: if a flag is wrong.
     """
     config = parse(flags, PRESETS)
-    check_range("trials", count, low=1)
+    check_range("trials", count, Range(low=1))
     for name, space in SPACE.items():
-        check_range(name, getattr(config, name), low=space.low, high=space.high)  # what is searched
+        check_range(name, getattr(config, name), Range(space.low, space.high))  # what is searched
     runs: Jobs = {}
     for number, values in enumerate(trials(config, count)):
         dropouts = " ".join(f"--{name} {values['dropout']}" for name in ("dropout-embedding", "dropout-output"))

@@ -3,8 +3,7 @@
 quarter  train on the first quarter of the text, so that a run soon shows how well a model carries over to other text
 locked   draw one dropout mask for all steps of a row (variational dropout, Gal & Ghahramani 2016)
 skip     add the input of each layer but the first to its output (an addition to the paper)
-gain     make the initial weights of the candidates four times as large, in either model: with --initialisation uniform
-         what `scaled` does in the modes fo and ifo
+gain     draw the initial weights as --initialisation scaled does, whatever that flag says (a name of runs on record)
 spread   spread the forget biases so that channels remember for 2 to 70 steps at first (Tallec & Ollivier 2018)
 
 The changes come first, joined by commas. The flags after them are those of experiment.py.
@@ -14,12 +13,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from experiment import LanguageModelling
+from experiment import LanguageModelling, build_model
 from lab.batches import StreamBatches
 from lab.command_line import Parser, exit_code, parse
 from lab.language_model import LanguageModel
@@ -27,15 +27,13 @@ from lab.presets import PRESETS, Config
 from lab.run import run
 from lab.settings import InputError
 from qrnn import QRNN
-from qrnn_layer import QRNNLayer
 
 CHANGES = ("quarter", "locked", "skip", "gain", "spread")
-GAIN = 4
 LONGEST = 70  # steps, of the time scales of "spread"
 
 
 class LockedDropout(nn.Module):
-    """Dropout on (B, T, H) whose mask, (B, 1, H), is the same at all steps."""
+    """Drop out of (B, T, H) by a mask, (B, 1, H), that is the same at all steps."""
 
     def __init__(self, probability: float) -> None:
         super().__init__()
@@ -98,18 +96,6 @@ def spread_forget_biases(rnn: nn.Module, hidden: int) -> None:
             bias[hidden : 2 * hidden] = 0
 
 
-@torch.no_grad()
-def raise_candidates(rnn: nn.Module) -> None:
-    """Multiply the weights of the candidates by `GAIN`: the first block of a QRNN's rows, the third of an LSTM's."""
-    for layer in rnn.modules():
-        if isinstance(layer, QRNNLayer):
-            layer.weight[: layer.hidden_size] *= GAIN
-        elif isinstance(layer, nn.LSTM):
-            for name, weight in layer.named_parameters():
-                if "weight_ih" in name:
-                    weight.chunk(4)[2].mul_(GAIN)
-
-
 class VariantModelling(LanguageModelling):
     """Predict the next word, changed."""
 
@@ -117,21 +103,20 @@ class VariantModelling(LanguageModelling):
         super().__init__(config, processes)
         self.changes = changes
         if "quarter" in changes:
-            stream = cast(StreamBatches, self.data.train)
+            stream = cast(StreamBatches, self.train)
             steps = stream.inputs.shape[1] // 4
             stream.inputs, stream.targets = stream.inputs[:, :steps], stream.targets[:, :steps]
             stream.tokens = stream.inputs.numel()
             self.fingerprint = self.fingerprint | {"train_tokens": stream.tokens}
 
     def build(self, name: str) -> LanguageModel:
-        model, config = super().build(name), self.config
+        config = replace(self.config, initialisation="scaled") if "gain" in self.changes else self.config
+        model = build_model(config, name, self.tokenizer.get_vocab_size())
         if "locked" in self.changes:
             model.dropout_embedding = LockedDropout(config.dropout_embedding)  # type: ignore[assignment]
             model.dropout_output = LockedDropout(config.dropout_output)  # type: ignore[assignment]
         if "spread" in self.changes:
             spread_forget_biases(model.rnn, model.hidden)
-        if "gain" in self.changes:
-            raise_candidates(model.rnn)
         if {"locked", "skip"} & {*self.changes}:
             between = LockedDropout(config.dropout) if "locked" in self.changes else nn.Dropout(config.dropout)
             model.rnn = Stack(single_layers(cast(QRNN | nn.LSTM, model.rnn)), between, "skip" in self.changes)

@@ -36,7 +36,7 @@ EXAMPLE_WORDS = 40  # and how much of each
 
 
 class Prediction(NamedTuple):
-    """What a model made of one review."""
+    """Hold what a model made of one review."""
 
     words: list[int]
     label: int
@@ -48,13 +48,13 @@ class Prediction(NamedTuple):
 
     @property
     def certainty(self) -> float:
-        """The probability of what was predicted."""
+        """Return the probability of what was predicted."""
         return max(self.positive, 1 - self.positive)
 
 
 @torch.no_grad()
 def predict(model: Classifier, batches: ReviewBatches) -> list[Prediction]:
-    """What the model says of every review of a split. It is put into eval mode."""
+    """Return what the model says of every review of a split. It is put into eval mode."""
     model.eval()
     device = model.embedding.weight.device
     predictions: list[Prediction] = []
@@ -77,12 +77,12 @@ def accuracy(predictions: list[Prediction]) -> dict[str, float]:
 
 
 def describe_accuracy(measured: dict[str, float] | None) -> str:
-    """For example "77.4 (74.8 to 79.8)"."""
+    """Describe an accuracy and its interval, for example "77.40 (74.8 to 79.8)"."""
     return "not read" if measured is None else "{accuracy:.2f} ({low:.1f} to {high:.1f})".format(**measured)
 
 
 def most_certain(predictions: list[Prediction], tokenizer: Tokenizer) -> list[dict[str, Any]]:
-    """The right ones and then the wrong ones of which the model is most certain, `EXAMPLES` of each, as JSON values."""
+    """Return `EXAMPLES` right ones, then as many wrong ones, of which the model is most certain, as JSON values."""
     chosen = []
     for right in (True, False):
         kind = [prediction for prediction in predictions if prediction.right == right]
@@ -99,7 +99,7 @@ def most_certain(predictions: list[Prediction], tokenizer: Tokenizer) -> list[di
 
 
 def examples(results: list[dict[str, Any]], folder: Path) -> list[str]:
-    """The part of the report that shows what the models are sure of."""
+    """Return the part of the report that shows what the models are sure of."""
     lines = ["", "Validation reviews as the models read them, those with the surest predictions, right and wrong:"]
     for result in results:
         lines += ["", f"## What the {NAMES[result['model']]} is surest of", ""]
@@ -115,7 +115,7 @@ def examples(results: list[dict[str, Any]], folder: Path) -> list[str]:
 
 
 def accuracy_layout(fingerprint: dict[str, Any], best: dict[str, float]) -> Layout:
-    """What the report shows.
+    """Return what the report shows.
 
     Args:
         fingerprint: of the task.
@@ -150,7 +150,7 @@ class Sentiment(Task[Classifier]):
         config: checked.
 
     Raises:
-        CorpusError: the reviews or the word vectors are not there, or not what they should be.
+        CorpusError: if the reviews or the word vectors are not there, or not what they should be.
     """
 
     config: Config
@@ -212,7 +212,7 @@ class Sentiment(Task[Classifier]):
 
 
 def main(arguments: Sequence[str]) -> int:
-    """The exit code: 0, 1 if the run failed, 2 if the input was wrong, 130 if it was interrupted."""
+    """Return the exit code: 0, 1 if the run failed, 2 if the input was wrong, 130 if it was interrupted."""
 
     def command() -> int:
         config = parse(arguments, PRESETS)

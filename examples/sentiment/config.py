@@ -13,7 +13,7 @@ from lab.settings import Chosen, Count, Range, Words
 
 @dataclass(frozen=True)
 class Reading(Chosen):
-    """What is read."""
+    """Say what is read."""
 
     preset: Literal["paper", "mr", "demo"] = "paper"
     """The values that all other flags start from.

@@ -15,6 +15,7 @@ from tokenizers.pre_tokenizers import BertPreTokenizer
 from torch import Tensor
 
 from lab.batches import EOS_ID, IGNORE, SentenceBatches
+from lab.checkpoint import first_line
 from lab.corpora import CONTROL, CorpusError, check_folder, fetch, folder_name
 
 FOLDS = 10
@@ -22,14 +23,14 @@ LABELS = ("negative", "positive")  # 0 and 1
 
 
 class Review(NamedTuple):
-    """Words and what they say: 1 is positive, 0 negative."""
+    """Hold words and what they say: 1 is positive, 0 negative."""
 
     words: list[str]
     label: int
 
 
 class Reviews(NamedTuple):
-    """Three splits and where they came from; `best`: split -> the accuracy in % that cannot be beaten, where known."""
+    """Hold three splits and their source; `best`: split -> the accuracy in % that cannot be beaten, where known."""
 
     source: str
     train: list[Review]
@@ -39,7 +40,7 @@ class Reviews(NamedTuple):
 
     @property
     def sha256(self) -> str:
-        """What tells one corpus, and one fold of it, from another."""
+        """Tell one corpus, and one fold of it, from another."""
         reviews = (*self.train, *self.valid, *self.test)
         return hashlib.sha256("\n".join(f"{label} {' '.join(words)}" for words, label in reviews).encode()).hexdigest()
 
@@ -69,7 +70,7 @@ def load_reviews(corpus: str, data: Path | None, fold: int, seed: int) -> Review
 
 
 def rt_polarity(folder: Path | None, fold: int, seed: int) -> Reviews:
-    """Sentences of film reviews, tokenised and lower-cased already (Pang and Lee 2005; "MR" in Kim 2014).
+    """Read sentences of film reviews, tokenised and lower-cased already (Pang and Lee 2005; "MR" in Kim 2014).
 
     Fold `fold` is test, the next one validation, the other eight are for training.
     """
@@ -93,7 +94,7 @@ def rt_polarity(folder: Path | None, fold: int, seed: int) -> Reviews:
 
 
 def imdb(folder: Path | None, fold: int, seed: int) -> Reviews:
-    """Whole film reviews (Maas et al. 2011) from the folder aclImdb, or from the Hugging Face hub if it is None.
+    """Read whole film reviews (Maas et al. 2011) from the folder aclImdb, or from the Hugging Face hub if it is None.
 
     Fold `fold` of the official training split is validation. Words are split at blanks and punctuation, case is kept.
     """
@@ -127,8 +128,9 @@ def _download() -> dict[str, list[tuple[str, int]]]:
     try:
         splits = fetch("stanfordnlp/imdb")
     except Exception as error:  # whatever stops the download, the way out is the same
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise CorpusError(f"imdb: not downloaded ({reason}); give --data DIR with the folder aclImdb") from error
+        raise CorpusError(
+            f"imdb: not downloaded ({first_line(error)}); give --data DIR with the folder aclImdb"
+        ) from error
     return {name: list(zip(splits[name]["text"], splits[name]["label"], strict=True)) for name in ("train", "test")}
 
 
@@ -139,7 +141,7 @@ SIZES = {"train": 3000, "valid": 1000, "test": 1000}
 
 
 def synthetic(seed: int) -> Reviews:
-    """Sentences of neutral words with 3, 5 or 7 cue words anywhere among them; the label is that of most cues.
+    """Generate sentences with 3, 5 or 7 cue words anywhere among neutral ones; the label is that of most cues.
 
     A tenth of the labels is wrong, at random, in all splits: nobody can know which, so that counting the cues is the
     best that can be done, and its accuracy on each split is known.
@@ -155,7 +157,7 @@ def synthetic(seed: int) -> Reviews:
 
 
 def _cue_sentence(rng: random.Random) -> tuple[list[str], int, int]:
-    """Words, label, and what most cues say."""
+    """Return words, label, and what most cues say."""
     cues = [rng.randrange(2) for _ in range(rng.choice((3, 5, 7)))]
     words = [rng.choice(CUES[cue]) for cue in cues] + rng.choices(NEUTRAL, k=rng.randrange(5, 16))
     rng.shuffle(words)
@@ -164,10 +166,10 @@ def _cue_sentence(rng: random.Random) -> tuple[list[str], int, int]:
 
 
 def stratified_folds(reviews: list[Review], seed: int) -> list[list[Review]]:
-    """`FOLDS` parts of the reviews, each with its share of either label.
+    """Return `FOLDS` parts of the reviews, each with its share of either label.
 
     Raises:
-        CorpusError: fewer reviews of a label than folds.
+        CorpusError: if there are fewer reviews of a label than folds.
     """
     rng = random.Random(f"folds {seed}")
     folds: list[list[Review]] = [[] for _ in range(FOLDS)]
@@ -185,7 +187,7 @@ def stratified_folds(reviews: list[Review], seed: int) -> list[list[Review]]:
 
 
 class Batch(NamedTuple):
-    """B reviews, padded on the right."""
+    """Hold B reviews, padded on the right."""
 
     words: Tensor  # (B, T) int64
     lengths: Tensor  # (B,) int64: the first words[b, : lengths[b]] are real, EOS is the last of them
@@ -193,10 +195,10 @@ class Batch(NamedTuple):
 
 
 class ReviewBatches:
-    """Batches of reviews of similar length, in the order of `SentenceBatches`.
+    """Give batches of reviews of similar length, in the order of `SentenceBatches`.
 
     Args:
-        sequences: ids of the words and `EOS`, each (n,), int64, as `corpora.encode` returns them.
+        sequences: ids of the words and `EOS`, each (n,), int64, as `lab.batches.encode` returns them.
         labels: one for each.
         batch_size, seed, shuffle: see `SentenceBatches`.
 
@@ -220,7 +222,7 @@ class ReviewBatches:
         return len(self.sentences)
 
     def epoch(self, n: int) -> Iterator[Batch]:
-        """The batches of epoch n."""
+        """Return the batches of epoch n."""
         for _, targets in self.sentences.epoch(n):  # (B, T + 1): words, EOS, label, then IGNORE
             lengths = (targets != IGNORE).sum(1) - 1
             labels = targets.take_along_dim(lengths.unsqueeze(1), dim=1).squeeze(1)

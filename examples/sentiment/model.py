@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -10,7 +12,8 @@ from examples.sentiment.config import Config
 from examples.sentiment.data import Batch
 from lab.dense_lstm import DenseLSTM
 from lab.initial import initialise
-from lab.run import count_parameters, matched_width
+from lab.losses import summed
+from lab.run import lstm_width
 from lab.training import Carried
 from qrnn import QRNN
 
@@ -18,7 +21,7 @@ INITIAL_RANGE = 0.25  # of the random word vectors: as in the CNN of Kim 2014, w
 
 
 class Classifier(nn.Module):
-    """Reads a review and says how likely it is positive, from the output of the last layer at the last word.
+    """Read a review and say how likely it is positive, from the output of the last layer at the last word.
 
     Args:
         rnn: (B, T, embedding) -> (B, T, hidden), and a state. It must never look ahead: padding comes after the words.
@@ -37,7 +40,7 @@ class Classifier(nn.Module):
         nn.init.uniform_(self.embedding.weight, -INITIAL_RANGE, INITIAL_RANGE)
 
     def forward(self, words: Tensor, lengths: Tensor) -> Tensor:
-        """The log-odds of "positive", (B,).
+        """Compute the log-odds of "positive", (B,).
 
         Args:
             words: (B, T), int64.
@@ -70,12 +73,10 @@ def build_lstm(config: Config, hidden: int) -> DenseLSTM:
 
 
 def build_model(config: Config, name: str, vocabulary: int) -> Classifier:
-    """The classifier "qrnn" or "lstm", initialised from the seed."""
+    """Return the classifier "qrnn" or "lstm", initialised from the seed."""
     hidden, build = config.hidden, {"qrnn": build_qrnn, "lstm": build_lstm}[name]
     if name == "lstm" and config.match:
-        with torch.device("meta"):
-            target = count_parameters(build_qrnn(config, hidden))
-        hidden = matched_width(target, lambda width: build_lstm(config, width))
+        hidden = lstm_width(hidden, partial(build_qrnn, config), partial(build_lstm, config))
     torch.manual_seed(config.seed)
     rnn = build(config, hidden)
     initialise(rnn, config)
@@ -83,8 +84,7 @@ def build_model(config: Config, name: str, vocabulary: int) -> Classifier:
 
 
 def label_loss(model: nn.Module, batch: Batch, carried: Carried) -> tuple[Tensor, Tensor, Carried]:
-    """The negative log-likelihoods of the labels, summed, in nats; how many they are; no state. A `training.Step`."""
+    """Return the negative log-likelihoods of the labels, summed, in nats; how many; no state. A `training.Step`."""
     logits = model(batch.words, batch.lengths).float()  # (B,)
     losses = F.binary_cross_entropy_with_logits(logits, batch.labels.float(), reduction="none")
-    precise = torch.float32 if losses.device.type == "mps" else torch.float64  # MPS has no float64
-    return losses.sum(dtype=precise), losses.new_tensor(len(losses)), carried
+    return summed(losses), losses.new_tensor(len(losses)), carried

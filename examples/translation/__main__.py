@@ -58,7 +58,12 @@ SAMPLES = 5  # sentences of the validation split that the report shows
 
 
 def prepare_text(config: Config) -> ParallelText:
-    """Raises InputError, CorpusError: no data, or not what it should be."""
+    """Read or generate the text.
+
+    Raises:
+        InputError: if no folder is given.
+        CorpusError: if the text is not there, or not what it should be.
+    """
     if config.corpus == "reversed":
         return reversed_strings(config.seed)
     if config.data is None:
@@ -67,7 +72,7 @@ def prepare_text(config: Config) -> ParallelText:
 
 
 def encode_source(config: Config, vocabulary: Vocabulary, text: str) -> Tensor:
-    """(S,) int64."""
+    """Return the ids of a sentence as the model reads it, (S,) int64."""
     return torch.tensor(vocabulary.encode(text[::-1] if config.reverse else text))
 
 
@@ -78,7 +83,7 @@ class Translating(Task[Translator]):
         config: checked.
 
     Raises:
-        InputError, CorpusError: the data is not there, or not what it should be.
+        InputError, CorpusError: if the data is not there, or not what it should be.
     """
 
     config: Config
@@ -138,7 +143,7 @@ class Translating(Task[Translator]):
         }
 
     def test_scores(self, model: Translator) -> dict[str, Any]:
-        """What a finished model comes to on the test split."""
+        """Compute what a finished model comes to on the test split."""
         loss = evaluate(model, self.step, self.test)
         started = time.perf_counter()
         found = self.translate(model, self.text.test, progress=True)
@@ -154,7 +159,7 @@ class Translating(Task[Translator]):
         return translate(self.config, model, sources, progress)
 
     def attention(self, source: str, found: Hypothesis) -> dict[str, Any]:
-        """The weights of a sentence in per cent, as JSON values: a line for each character that was written."""
+        """Return the weights of a sentence in per cent, as JSON values: a line for each character that was written."""
         assert found.attention is not None  # both models attend
         weights = found.attention.flip(1) if self.config.reverse else found.attention  # (n + 1, S)
         rows = (100 * weights).round().int().tolist()
@@ -166,7 +171,7 @@ class Translating(Task[Translator]):
 
 
 def translate(config: Config, model: Translator, sources: list[Tensor], progress: bool = False) -> list[Hypothesis]:
-    """The best translation of each source, (S_b,) int64, that a beam search finds."""
+    """Return the best translation of each source, (S_b,) int64, that a beam search finds."""
     device = next(model.parameters()).device
     order = sorted(range(len(sources)), key=lambda i: len(sources[i]), reverse=True)  # little padding
     found: dict[int, Hypothesis] = {}
@@ -196,7 +201,7 @@ def translate(config: Config, model: Translator, sources: list[Tensor], progress
 
 
 def scores(translations: list[str], references: list[str]) -> dict[str, Any]:
-    """BLEU and chrF of a whole split, with what sacrebleu needs to give the same again, and the part that is exact.
+    """Compute BLEU and chrF of a whole split, what sacrebleu needs to give the same again, and the part that is exact.
 
     `bleu_counts` has a line for each sentence: its n-grams that are in the reference, all its n-grams (n from 1 to 4
     each) and both lengths. BLEU is made of their sums, also that of a choice of sentences.
@@ -216,7 +221,7 @@ def scores(translations: list[str], references: list[str]) -> dict[str, Any]:
 
 
 def layout(data: dict[str, Any], config: Config) -> Layout:
-    """How the report looks, given what is known of the data."""
+    """Return how the report looks, given what is known of the data."""
 
     def cell(key: str, form: str) -> Any:
         return lambda result: format(result[key], form) if key in result else "not read"
@@ -246,7 +251,7 @@ def layout(data: dict[str, Any], config: Config) -> Layout:
 
 
 def sections(results: list[dict[str, Any]], folder: Path, backwards: bool) -> list[str]:
-    """The end of the report: how the scores were made, what the models write, and where they look."""
+    """Return the end of the report: how the scores were made, what the models write, and where they look."""
     lines = []
     for result in results:
         if "bleu" in result:
@@ -276,7 +281,7 @@ def translate_sentence(config: Config, sentence: str) -> int:
     """Print how the models of a run translate the sentence.
 
     Raises:
-        InputError, CheckpointError: there is no such run, or nothing in it.
+        InputError, CheckpointError: if there is no such run, or nothing in it.
     """
     folder = RunFolder(config.folder)
     record = folder.record(config.experiment)
@@ -301,7 +306,7 @@ def translate_sentence(config: Config, sentence: str) -> int:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """The exit code: 0, 1 if the run failed, 2 if the input was wrong, 130 if it was interrupted."""
+    """Return the exit code: 0, 1 if the run failed, 2 if the input was wrong, 130 if it was interrupted."""
 
     def command() -> int:
         config = parse(arguments, PRESETS)

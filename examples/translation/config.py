@@ -12,7 +12,7 @@ from lab.settings import Chosen, Count, InputError, KernelSize, Layers, Range, c
 
 @dataclass(frozen=True)
 class Translation(Chosen):
-    """What is translated."""
+    """Say what is translated."""
 
     preset: Literal["paper", "small", "demo"] = "paper"
     """The values that all other flags start from.

@@ -17,16 +17,17 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
-from lab.batches import IGNORE
-from lab.corpora import CorpusError, check_folder, decode, folder_name
+from lab.batches import IGNORE, by_length
+from lab.corpora import CorpusError, check_folder, decode, folder_name, read
 
 PAD, BOS, EOS, UNK = range(4)  # in every vocabulary; characters follow
 UNKNOWN = "\N{REPLACEMENT CHARACTER}"  # how UNK is written
 SPLITS = {"train": ("train",), "valid": ("val", "valid", "dev"), "test": ("test", "test_2016_flickr")}  # file names
+LETTERS, SHORTEST, LONGEST = "abcdefgh", 3, 8  # of the strings that are generated
 
 
 class Pair(NamedTuple):
-    """A sentence and its translation."""
+    """Hold a sentence and its translation."""
 
     source: str
     target: str
@@ -34,7 +35,7 @@ class Pair(NamedTuple):
 
 @dataclass(frozen=True)
 class ParallelText:
-    """Three splits of sentence pairs; `name` says what it is, `origin` where it comes from."""
+    """Hold three splits of sentence pairs; `name` says what it is, `origin` where it comes from."""
 
     name: str
     origin: str
@@ -76,30 +77,25 @@ def _read_split(folder: Path, split: str, source: str, target: str) -> list[Pair
 
 
 def _lines(path: Path) -> list[str]:
-    """The lines without blanks at both ends; `str.splitlines` would cut at rarer characters too."""
-    try:
-        text = decode(path.read_bytes(), str(path))
-    except OSError as error:
-        raise CorpusError(f"{path}: cannot be read ({error.strerror})") from error
+    """Return the lines without blanks at both ends; `str.splitlines` would cut at rarer characters too."""
+    text = decode(read(path), str(path))
     lines = [line.strip() for line in text.removesuffix("\n").split("\n")]
     if "" in lines:
         raise CorpusError(f"{path}: line {lines.index('') + 1} is empty; remove the pair from both files")
     return lines
 
 
-def reversed_strings(seed: int, letters: str = "abcdefgh", shortest: int = 3, longest: int = 8) -> ParallelText:
-    """Random strings without repeated letters; the translation is the string reversed, with mapped letters.
+def reversed_strings(seed: int) -> ParallelText:
+    """Generate strings without repeated letters; the translation is the string reversed, with mapped letters.
 
     Args:
-        seed: of the strings and the permutation.
-        letters: that strings are made of.
-        shortest, longest: lengths of strings; every length is as likely.
+        seed: of the strings and the permutation of the letters; every length is as likely.
     """
     rng = random.Random(seed)
-    mapping = str.maketrans(letters, "".join(rng.sample(letters, len(letters))))
+    mapping = str.maketrans(LETTERS, "".join(rng.sample(LETTERS, len(LETTERS))))
     strings: dict[str, None] = {}  # a set that keeps the order
     while len(strings) < 4_400:
-        strings["".join(rng.sample(letters, rng.randint(shortest, longest)))] = None
+        strings["".join(rng.sample(LETTERS, rng.randint(SHORTEST, LONGEST)))] = None
     pairs = [Pair(string, string[::-1].translate(mapping)) for string in strings]
     return ParallelText(
         "strings reversed and mapped", f"generated, seed {seed}", pairs[:4_000], pairs[4_000:4_200], pairs[4_200:]
@@ -107,12 +103,15 @@ def reversed_strings(seed: int, letters: str = "abcdefgh", shortest: int = 3, lo
 
 
 def drop_long(pairs: list[Pair], longest: int) -> list[Pair]:
-    """The pairs of which neither side has more characters: for training only, validation and test keep every pair."""
+    """Return the pairs of which neither side has more characters.
+
+    For training only: validation and test keep every pair.
+    """
     return [pair for pair in pairs if max(map(len, pair)) <= longest]
 
 
 def sha256_of_lines(text: ParallelText, longest: int) -> str:
-    """What tells one text from another: all lines, but those of training pairs that `drop_long` leaves out."""
+    """Return what tells one text from another: all lines, but those of training pairs that `drop_long` leaves out."""
     splits = (drop_long(text.train, longest), text.valid, text.test)
     return hashlib.sha256("\n".join(line for split in splits for pair in split for line in pair).encode()).hexdigest()
 
@@ -121,7 +120,7 @@ def sha256_of_lines(text: ParallelText, longest: int) -> str:
 
 
 class Vocabulary:
-    """The characters of both languages, as in the paper, after PAD, BOS, EOS and UNK.
+    """Number the characters of both languages, as in the paper, after PAD, BOS, EOS and UNK.
 
     Args:
         characters: in the order of their ids.
@@ -133,7 +132,7 @@ class Vocabulary:
 
     @classmethod
     def of(cls, pairs: Iterable[Pair], at_least: int = 5) -> Vocabulary:
-        """Of the characters that occur so often; the others are too rare to learn, and teach what UNK is."""
+        """Take the characters that occur so often; the others are too rare to learn, and teach what UNK is."""
         counts = Counter(character for pair in pairs for text in pair for character in text)
         return cls("".join(sorted(character for character, count in counts.items() if count >= at_least)))
 
@@ -151,7 +150,7 @@ class Vocabulary:
 
 
 class Batch(NamedTuple):
-    """Sentences to be read and what to predict: `targets[b, t]` is the character that follows `inputs[b, t]`."""
+    """Hold sentences to be read and what to predict: `targets[b, t]` is the character that follows `inputs[b, t]`."""
 
     source: Tensor  # (B, S) int64, PAD where padded
     source_lengths: Tensor  # (B,) int64
@@ -160,7 +159,7 @@ class Batch(NamedTuple):
 
 
 class PairBatches:
-    """Batches of pairs of similar length, padded on the right; every pair once an epoch.
+    """Give batches of pairs of similar length, padded on the right; every pair once an epoch.
 
     Pairs are sorted by the length of the source, then by that of the target: most batches have sources of one length,
     which leaves little padding, and nothing to be packed for an LSTM. The order of an epoch depends on nothing but the
@@ -179,7 +178,7 @@ class PairBatches:
         carry: False: a model starts every batch without a state.
 
     Raises:
-        CorpusError: no pairs.
+        CorpusError: if there are no pairs.
     """
 
     carry = False
@@ -198,16 +197,10 @@ class PairBatches:
         return math.ceil(len(self.pairs) / self.batch_size)
 
     def epoch(self, n: int) -> Iterator[Batch]:
-        """The batches of epoch n."""
-        order = list(range(len(self.pairs)))
-        rng = random.Random(f"{self.seed} {n}")
-        if self.shuffle:
-            rng.shuffle(order)
-        order.sort(key=lambda i: tuple(map(len, self.pairs[i])))  # stable: equal lengths stay shuffled
-        batches = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
-        if self.shuffle:
-            rng.shuffle(batches)
-        for batch in batches:
+        """Return the batches of epoch n."""
+        rng = random.Random(f"{self.seed} {n}") if self.shuffle else None
+        lengths = [(len(source), len(target)) for source, target in self.pairs]
+        for batch in by_length(lengths, self.batch_size, rng):
             sources, targets = zip(*(self.pairs[i] for i in batch), strict=True)
             expected = pad_sequence(list(targets), batch_first=True, padding_value=IGNORE)  # (B, T)
             inputs = pad(expected[:, :-1], (1, 0), value=BOS)
@@ -215,6 +208,6 @@ class PairBatches:
 
 
 def pad_sources(sources: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
-    """Sources (S_b,) as one tensor (B, S), PAD where padded, and their lengths (B,)."""
+    """Return sources (S_b,) as one tensor (B, S), PAD where padded, and their lengths (B,)."""
     sources = list(sources)
     return pad_sequence(sources, batch_first=True, padding_value=PAD), torch.tensor(list(map(len, sources)))

@@ -12,7 +12,7 @@ from qrnn.seq2seq import attend
 
 
 class LSTMState(NamedTuple):
-    """Everything the decoder knows: of the source, and of the target so far.
+    """Hold everything the decoder knows: of the source, and of the target so far.
 
     Attributes:
         h, c: (L, B, H), of the decoder's layers.
@@ -26,13 +26,13 @@ class LSTMState(NamedTuple):
     padding: Tensor
 
     def index_select(self, index: Tensor) -> LSTMState:
-        """The state of the sequences `index`, (N,) int64, of the batch."""
+        """Return the state of the sequences `index`, (N,) int64, of the batch."""
         h, c = (part.index_select(1, index) for part in (self.h, self.c))
         return LSTMState(h, c, self.keys.index_select(0, index), self.padding.index_select(0, index))
 
 
 class LSTMSeq2Seq(nn.Module):
-    """Stacked LSTMs; the decoder starts from the encoder's last states, and attends after its last layer.
+    """Encode and decode by LSTMs; the decoder starts from the encoder's last states, and attends after its last layer.
 
     The attention is that of Luong et al. 2015 (arXiv 1508.04025), global with the score `dot`, without input feeding:
     h~_t = tanh(W [k_t; h_t]) goes to the softmax (their eq. 5) and not back into the decoder. So a target that is known
@@ -65,7 +65,7 @@ class LSTMSeq2Seq(nn.Module):
         self.output = nn.Linear(hidden_size, target_vocabulary)
 
     def forward(self, source: Tensor, source_lengths: Tensor, target: Tensor) -> Tensor:
-        """Logits of the next token after each token of a known target, at all steps at once.
+        """Compute the logits of the next token after each token of a known target, at all steps at once.
 
         Args:
             source: (B, S) int64; tokens from `source_lengths` on are padding, never seen.
@@ -84,7 +84,7 @@ class LSTMSeq2Seq(nn.Module):
         return LSTMState(h, c, keys, padding)
 
     def _encode(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Outputs (B, S, H) and the states (L, B, H) after the last token of each source x, (B, S, E).
+        """Return outputs (B, S, H) and the states (L, B, H) after the last token of each source x, (B, S, E).
 
         Only steps that not all sources have are packed: on a CPU nn.LSTM takes three times as long over packed ones.
         """
@@ -103,7 +103,7 @@ class LSTMSeq2Seq(nn.Module):
         return torch.cat([outputs, beyond], dim=1), h, c
 
     def step(self, tokens: Tensor, state: LSTMState) -> tuple[Tensor, LSTMState, Tensor]:
-        """One step of a generation: what `forward` does, a token at a time.
+        """Make one step of a generation: what `forward` does, a token at a time.
 
         Args:
             tokens: (B,) int64, the last token of each target so far; bos at first.
@@ -116,7 +116,7 @@ class LSTMSeq2Seq(nn.Module):
         return logits.squeeze(1), state, attention.squeeze(1)
 
     def _decode(self, target: Tensor, state: LSTMState) -> tuple[Tensor, LSTMState, Tensor]:
-        """The next steps of the target, (B, T): logits (B, T, V), the state after them, the attention (B, T, S)."""
+        """Decode the next steps of the target, (B, T): logits (B, T, V), the state after them, attention (B, T, S)."""
         outputs, (h, c) = self.decoder(self.target_embedding(target), (state.h, state.c))  # (B, T, H)
         k, attention = attend(outputs, state.keys, state.padding)
         outputs = self.attended(torch.cat([k, outputs], dim=2)).tanh()

@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from examples.translation.config import Config
 from examples.translation.data import Batch
 from examples.translation.lstm_seq2seq import LSTMSeq2Seq
-from lab.batches import IGNORE
 from lab.initial import initialise
-from lab.run import count_parameters, matched_width
+from lab.losses import token_loss
+from lab.run import lstm_width
 from lab.training import Carried
 from qrnn.seq2seq import QRNNSeq2Seq
 
@@ -43,13 +42,15 @@ def build_lstm(config: Config, hidden: int, vocabulary: int) -> LSTMSeq2Seq:
 
 
 def build_model(config: Config, name: str, vocabulary: int) -> Translator:
-    """The translator "qrnn" or "lstm", initialised from the seed."""
+    """Return the translator "qrnn" or "lstm", initialised from the seed."""
     builders: dict[str, Callable[[Config, int, int], Translator]] = {"qrnn": build_qrnn, "lstm": build_lstm}
     hidden, build = config.hidden, builders[name]
     if name == "lstm" and config.match:
-        with torch.device("meta"):
-            target = count_parameters(recurrent_part(build_qrnn(config, hidden, vocabulary)))
-        hidden = matched_width(target, lambda width: recurrent_part(build_lstm(config, width, vocabulary)))
+        hidden = lstm_width(
+            hidden,
+            lambda width: recurrent_part(build_qrnn(config, width, vocabulary)),
+            lambda width: recurrent_part(build_lstm(config, width, vocabulary)),
+        )
     torch.manual_seed(config.seed)
     model = build(config, hidden, vocabulary)
     initialise(model, config)
@@ -58,16 +59,12 @@ def build_model(config: Config, name: str, vocabulary: int) -> Translator:
 
 
 def recurrent_part(model: Translator) -> nn.ModuleList:
-    """All but the embeddings and the softmax."""
+    """Return all but the embeddings and the softmax."""
     outside = (model.source_embedding, model.target_embedding, model.output)
     return nn.ModuleList(child for child in model.children() if child not in outside)
 
 
 def next_character_loss(model: nn.Module, batch: Batch, carried: Carried) -> tuple[Tensor, Tensor, Carried]:
-    """The negative log-likelihoods of the targets, summed, in nats; how many they are; nothing. A `training.Step`."""
+    """Return the `token_loss` of a batch, and no state. A `training.Step`."""
     logits = model(batch.source, batch.source_lengths, batch.inputs)  # (B, T, V)
-    losses = F.cross_entropy(
-        logits.float().flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORE, reduction="none"
-    )  # (B*T,), 0 where padded
-    precise = torch.float32 if losses.device.type == "mps" else torch.float64  # MPS has no float64
-    return losses.sum(dtype=precise), (batch.targets != IGNORE).sum(), None
+    return *token_loss(logits, batch.targets), None

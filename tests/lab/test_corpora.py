@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import os
+import random
 import time
 from collections import Counter
 from pathlib import Path
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from lab import corpora
-from lab.batches import IGNORE, UNK, SentenceBatches, StreamBatches, build_vocabulary, encode
+from lab.batches import IGNORE, UNK, SentenceBatches, StreamBatches, build_vocabulary, by_length, encode
 from lab.corpora import SPLITS, Corpus, CorpusError, length_filter, load_corpus, sentences, split_sentences
 from lab.synthetic import EOS
 
@@ -450,6 +451,13 @@ def test_sentence_batches_hold_every_token_once(lengths, batch_size, seed, n, sh
     assert batches.tokens == sum(lengths) == positions - padded
     assert batches.padding == pytest.approx(padded / positions)
     assert batches.carry is False
+
+
+def test_batches_keep_the_order_that_runs_on_record_had():
+    lengths, pairs = [3, 1, 2, 3, 1, 2, 3], [(3, 1), (1, 2), (2, 2), (3, 1), (1, 1), (2, 1), (3, 1)]
+    assert by_length(lengths, 2, random.Random("0 1")) == [[2, 5], [4, 1], [6], [0, 3]]
+    assert by_length(pairs, 2, random.Random("0 1")) == [[5, 2], [4, 1], [6], [0, 3]]
+    assert by_length(lengths, 2, None) == [[1, 4], [2, 5], [0, 3], [6]]
 
 
 def test_the_order_is_a_function_of_seed_and_epoch():

@@ -23,7 +23,7 @@ import torch
 
 import experiment
 from examples.translation import __main__ as translation
-from experiment import build_model, build_qrnn, main, prepare_data
+from experiment import LanguageModelling, build_model, build_qrnn, main
 from lab import run as comparison
 from lab.checkpoint import load_checkpoint
 from lab.command_line import exit_code, parse
@@ -108,12 +108,12 @@ def test_both_models_are_compared(capsys):
 def test_test_perplexity_is_that_of_the_best_weights_word_by_word():
     assert main([*TINY, "--name", "x", "--models", "qrnn"]) == 0
     config = parse([*TINY, "--models", "qrnn"], PRESETS)
-    data = prepare_data(config)
-    model = build_model(config, "qrnn", data.tokenizer.get_vocab_size()).eval()
+    task = LanguageModelling(config)
+    model = task.build("qrnn").eval()
     model.load_state_dict(load_checkpoint(Path("runs/x/qrnn"), "best")[0])
     total, count = 0.0, 0
     with torch.no_grad():
-        for inputs, targets in data.test.epoch(0):
+        for inputs, targets in task.test.epoch(0):
             for row, target in zip(inputs, targets, strict=True):
                 length = int((target >= 0).sum())
                 logits, _ = model(row[None, :length])
@@ -462,7 +462,7 @@ def test_what_is_left_after_a_resume_adds_up(capsys, monkeypatch):
     qrnn, lstm, whole = minutes()
     assert qrnn == lstm and qrnn + lstm == whole
     Path("runs/x/qrnn").mkdir()
-    steps = len(prepare_data(parse(arguments, PRESETS)).train)
+    steps = len(LanguageModelling(parse(arguments, PRESETS)).train)
     Path("runs/x/qrnn/metrics.jsonl").write_text(json.dumps({"step": 3 * steps}) + "\n")  # three epochs of four
     left, lstm, total = minutes("--resume")
     assert left == pytest.approx(qrnn / 4, abs=1) and left + lstm == total
