@@ -27,7 +27,9 @@ METHODS = ("loop", "log", "blocked", "scan")
 MODES = {"f": 2, "fo": 3, "ifo": 4}  # mode -> blocks of the projection, in the order z, f, [i], [o]
 GAINS = {"f": 2, "fo": 4, "ifo": 4}  # of the initial weights of z, see `reset_parameters`
 ACTIVATIONS = {name: getattr(torch, name) for name in ("exp", "sigmoid", "relu", "tanh")} | {"identity": lambda a: a}
-ACTIVATIONS |= {"softplus": F.softplus, "shifted_softplus": lambda a: F.softplus(2 * a) - math.log(2), "elu": F.elu}
+ACTIVATIONS |= {"softplus": F.softplus, "elu": F.elu}
+# 2 max(a, 0) - log(1 + tanh |a|) keeps the digits near 0. The slope of |a| is -1 at 0: that of relu is 0 there
+ACTIVATIONS["shifted_softplus"] = lambda a: 2 * a.relu() - torch.where(a > 0, a, -a).tanh().log1p()
 FLOORS = {"tanh": -1, "elu": -1, "shifted_softplus": -math.log(2), "identity": -math.inf}  # z >= floor; 0 of all others
 
 
@@ -281,10 +283,8 @@ def _closed_form_of_any_sign(log_f: Tensor, x: Tensor, floor: float) -> tuple[Te
 
 
 def _scan(log_f: Tensor, x: Tensor, h0: Tensor) -> Tensor:
-    """Odd-even scan of log gates and plain states: log2(T) levels, 2T work, no division, any sign.
-
-    A plain gate near 1 has lost the digits of 1 - f, and a product of T of them collects the loss; a sum of logs not.
-    """
+    """Scan log gates and plain states, odd and even steps in turn: log2(T) levels, 2T work, no division, any sign."""
+    # A plain gate near 1 has lost the digits of 1 - f, and a product of T of them collects the loss; a sum of logs not.
     h = torch.cat([(x[:, 0] + log_f[:, 0].exp() * h0).unsqueeze(1), x[:, 1:]], dim=1)
     if x.is_cuda and COMPILES_SCANS and torch.compiler.is_dynamo_compiling() and x.numel():
         scan = torch._higher_order_ops.associative_scan  # a prototype: not public, and without rules for functorch

@@ -11,9 +11,9 @@ Four ideas, each with its rule:
    weights anew, so there are PIECE_ROWS rows at least, and in bfloat16, where packing weighs more, HALF_PIECE numbers.
    The window before the inputs is read where it is: nothing is copied to stand before them. Rule: always.
 3. Few passes over memory. Gates are computed in place, in the buffer of the projection. The backward pass needs these
-   values alone, so they are what is kept; without gradients, no more than a piece is. Signs and factors are such that
-   one sigmoid serves all blocks, tanh included, 2 sigmoid(2a) - 1. They are multiplied into the weight or into the
-   projection, whichever has fewer numbers. Rule: always.
+   values alone, so they are what is kept; without gradients, no more than a piece is. One sigmoid serves all gates: the
+   sign that makes g of f (idea 4) is multiplied into the weight or into the projection, whichever has fewer numbers.
+   Rule: always. No sigmoid serves the candidate: tanh as 2 sigmoid(2a) - 1 has lost the digits of a small one.
 4. 1 - f instead of f. A gate near 1 has lost the digits of 1 - f in float32, and the errors of T steps add up. The gate
    g = 1 - f = sigmoid(-a) has them all, and two steps are joined by 1 - f f' = g + (1 - g) g'. Where f is near 0, it is
    exact to 6e-8 of the state that it lets through. Rule: always. The scan halves the number of steps until no more than
@@ -25,7 +25,6 @@ Where the plain layer takes over: see `FastQRNNLayer`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple
@@ -51,9 +50,8 @@ sigmoid_backward = aten.sigmoid_backward.grad_input  # an overload by name is fo
 class _Activation(NamedTuple):
     """An activation in place, and its backward pass from its value."""
 
-    forward_: Callable[[Tensor], object]  # (pre-activation, or with a `factor` its sigmoid) -> None
+    forward_: Callable[[Tensor], object]  # (pre-activation) -> None
     backward: Callable[[Tensor, Tensor, Tensor], object]  # (gradient of the value, value, out) -> None
-    factor: int | None = None  # of the pre-activation in a sigmoid that gives the activation
 
 
 def _softplus_backward(grad: Tensor, z: Tensor, out: Tensor) -> None:
@@ -61,7 +59,8 @@ def _softplus_backward(grad: Tensor, z: Tensor, out: Tensor) -> None:
 
 
 def _shifted_softplus(a: Tensor) -> None:
-    aten.softplus.out(a.mul_(2), 1, 20, out=a).sub_(math.log(2))
+    shift = a.abs().tanh_().log1p_()  # see `qrnn_layer`
+    a.relu_().mul_(2).sub_(shift)
 
 
 def _shifted_softplus_backward(grad: Tensor, z: Tensor, out: Tensor) -> None:
@@ -73,11 +72,9 @@ ACTIVATIONS = {
     "shifted_softplus": _Activation(_shifted_softplus, _shifted_softplus_backward),
     "elu": _Activation(F.elu_, lambda grad, z, out: aten.elu_backward(grad, 1, 1, 1, True, z, grad_input=out)),
     "exp": _Activation(torch.exp_, lambda grad, z, out: torch.mul(grad, z, out=out)),
-    "sigmoid": _Activation(lambda s: None, lambda grad, z, out: sigmoid_backward(grad, z, grad_input=out), 1),
+    "sigmoid": _Activation(torch.sigmoid_, lambda grad, z, out: sigmoid_backward(grad, z, grad_input=out)),
     "relu": _Activation(torch.relu_, lambda grad, z, out: aten.threshold_backward(grad, z, 0, grad_input=out)),
-    "tanh": _Activation(  # 2 sigmoid(2a) - 1
-        lambda s: s.mul_(2).sub_(1), lambda grad, z, out: aten.tanh_backward.grad_input(grad, z, grad_input=out), 2
-    ),
+    "tanh": _Activation(torch.tanh_, lambda grad, z, out: aten.tanh_backward.grad_input(grad, z, grad_input=out)),
     "identity": _Activation(lambda a: None, lambda grad, z, out: out.copy_(grad)),
 }
 
@@ -168,14 +165,14 @@ class _Setting(NamedTuple):
     def activation(self) -> _Activation:
         return ACTIVATIONS[self.layer.activation]
 
-    def factors(self, dtype: torch.dtype) -> Tensor:
+    def signs(self, dtype: torch.dtype) -> Tensor:
         """Return what the numbers of a step of the projection are multiplied by, (rows,), see `_activate`."""
-        return _factors(self.mode, self.activation.factor or 1, self.layer.hidden_size, dtype)
+        return _signs(self.mode, self.layer.hidden_size, dtype)
 
 
 @lru_cache(64)
-def _factors(mode: str, factor: int, width: int, dtype: torch.dtype) -> Tensor:
-    blocks = [factor, -1, 1, 1][: MODES[mode]]  # 1 - f = sigmoid(-a)
+def _signs(mode: str, width: int, dtype: torch.dtype) -> Tensor:
+    blocks = [1, -1, 1, 1][: MODES[mode]]  # 1 - f = sigmoid(-a)
     return torch.tensor(blocks, dtype=dtype, device="cpu").repeat_interleave(width)
 
 
@@ -193,9 +190,9 @@ def _blocks(y: Tensor, mode: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _activate(y: Tensor, setting: _Setting) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Turn the projection, times `factors`, into candidates and gates, in place, and return `_blocks` of it."""
+    """Turn the projection, times `signs`, into candidates and gates, in place, and return `_blocks` of it."""
     blocks = _blocks(y, setting.mode)
-    (y if setting.activation.factor else y[..., blocks[0].shape[-1] :]).sigmoid_()
+    y[..., blocks[0].shape[-1] :].sigmoid_()
     setting.activation.forward_(blocks[0])
     return blocks
 
@@ -214,10 +211,10 @@ def _forward(
     the gates, (n, B, MODES*H), and the states with the one before, (n + 1, B, H).
     """
     (batch, width), (steps, rows) = c0.shape, (len(x), len(weight))
-    pieces, factors = _pieces(steps, batch, rows, setting.dtype), setting.factors(weight.dtype)
-    scaled_before = weight.numel() < steps * batch * rows
-    if scaled_before:
-        weight, bias = weight * factors.unsqueeze(1), None if bias is None else bias * factors
+    pieces, signs = _pieces(steps, batch, rows, setting.dtype), setting.signs(weight.dtype)
+    signed_before = weight.numel() < steps * batch * rows
+    if signed_before:
+        weight, bias = weight * signs.unsqueeze(1), None if bias is None else bias * signs
     convolves = convolution(window, x, weight, bias, setting.dtype, pieces[0].stop)
     gates: list[Tensor] = []
     states: list[Tensor] = []
@@ -229,8 +226,8 @@ def _forward(
             states.append(c0.new_empty(length + 1, batch, width))
         y, c = gates[-1][:length], states[-1][: length + 1]
         convolves.project(piece, y)
-        if not scaled_before:
-            y *= factors
+        if not signed_before:
+            y *= signs
         z, g, i, o = map(convolves.split, _activate(y, setting))
         if keep is not None:
             for halves in (g, i) if setting.mode == "ifo" else (g,):
@@ -382,7 +379,7 @@ class FastQRNNLayer(QRNNLayer):
             weight, bias = weight.to(setting.dtype), None if bias is None else bias.to(setting.dtype)
         seen = torch.cat([window, x], dim=1) if window.shape[1] else x
         y = F.linear(seen.flatten(1).to(setting.dtype), weight, bias).to(c0.dtype)
-        z, g, i, o = _activate(y.mul_(setting.factors(y.dtype)), setting)
+        z, g, i, o = _activate(y.mul_(setting.signs(y.dtype)), setting)
         c = torch.lerp(c0, z, g) if self.mode != "ifo" else torch.addcmul(c0, g, c0, value=-1).addcmul_(i, z)
         if keep is not None:
             c = torch.where(keep[:, 0], c0, c)

@@ -1,5 +1,7 @@
 """The fast layer against the plain one: the same numbers, for every mode, and nothing from the future."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -87,6 +89,20 @@ def test_candidates_at_both_ends_of_their_range(activation):
     with torch.no_grad():
         layer.bias[:HIDDEN] = torch.tensor([-100, -10, 0, 10, 100])
     assert_same(layer, *drawn(layer, 20))
+
+
+@pytest.mark.parametrize("steps", [1, 40])
+@pytest.mark.parametrize("activation", ["tanh", "shifted_softplus", "elu", "identity"])
+def test_small_candidates_keep_their_digits(activation, steps):
+    layer = built(activation=activation, bias=False, dtype=torch.float32)
+    seen, c0 = drawn(layer, steps)
+    seen, c0 = seen.detach() * 1e-6, torch.zeros_like(c0)
+    for differentiates in (False, True):
+        layer.requires_grad_(differentiates)
+        exact = plain(copy.deepcopy(layer).double(), seen.double(), c0.double())[0]
+        for run in (plain, run_layer):
+            error = (run(layer, seen, c0)[0].double() - exact).norm() / exact.norm()
+            assert error < 5e-7, (run, differentiates)
 
 
 def test_both_layers_have_the_same_activations():
