@@ -100,16 +100,13 @@ class QRNNLayer(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self, forget_bias: float = 0.0) -> None:
-        """Draw uniformly from +-1/sqrt(K F), as nn.Conv1d does. A positive `forget_bias` remembers longer at first.
-
-        The weights of z are larger by `GAINS`: gates near 1/2 halve z and c, so signals would die out in a deep stack.
-        """
+        """Draw uniformly from +-1/sqrt(K F), as nn.Conv1d does. A positive `forget_bias` remembers longer at first."""
         expect(self.bias is not None or not forget_bias, "forget_bias", forget_bias, "0 for a layer without bias")
         bound = 1 / math.sqrt(self.kernel_size * self.input_size)
         for parameter in self.parameters():
             nn.init.uniform_(parameter, -bound, bound)
         with torch.no_grad():
-            self.weight[: self.hidden_size] *= GAINS[self.mode]
+            self.weight[: self.hidden_size] *= GAINS[self.mode]  # or signals die out: gates near 1/2 halve z and c
             if self.bias is not None:
                 self.bias[self.hidden_size : 2 * self.hidden_size] += forget_bias
 
@@ -296,10 +293,8 @@ def _scan(log_f: Tensor, x: Tensor, h0: Tensor) -> Tensor:
 
 
 def scan_in_place(h: Tensor, link: Tensor) -> None:
-    """Turn x, (B, T, H), into the states h_t = x_t + exp(link_{t-1}) h_{t-1}; `link` is (B, T-1, H).
-
-    The odd steps, counted from 0, are a recurrence of their own: h_t = (x_t + f_t x_{t-1}) + f_t f_{t-1} h_{t-2}.
-    """
+    """Turn x, (B, T, H), into the states h_t = x_t + exp(link_{t-1}) h_{t-1}; `link` is (B, T-1, H)."""
+    # The odd steps, counted from 0, are a recurrence of their own: h_t = (x_t + f_t x_{t-1}) + f_t f_{t-1} h_{t-2}.
     length = h.shape[1]
     if length > 1:
         odd, to_odd, to_even = h[:, 1::2], link[:, 0::2], link[:, 1::2]
@@ -313,8 +308,6 @@ class _Pool(torch.autograd.Function):
     """h_t = f_t h_{t-1} + x_t with its derived backward pass, the same recurrence run backwards in time.
 
     delta_t = g_t + f_{t+1} delta_{t+1}    dx_t = delta_t    dlog f_t = delta_t f_t h_{t-1}    dh_0 = f_1 delta_1
-
-    Autograd through the logs would lose far more digits, and store every array on the way. This stores log f and h.
     """
 
     @staticmethod
@@ -331,7 +324,7 @@ class _Pool(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
         log_f, _, h0, _, ctx.method, ctx.block_size, _ = inputs
-        ctx.save_for_backward(log_f, h0, output)
+        ctx.save_for_backward(log_f, h0, output)  # autograd through the logs would keep far more, and lose digits
         ctx.save_for_forward(log_f, h0, output)  # for `jvp`
 
     @staticmethod
@@ -361,14 +354,20 @@ class _PoolForwardMode(_Pool):
         return _recurrence(log_f, x_tangent, h0_tangent, ctx.method, ctx.block_size)
 
 
-def _recurrence(log_f, x, h0, method: str, block_size: int = 64, floor: float = -math.inf, keep: Tensor | None = None):
+def _recurrence(
+    log_f: Tensor, x: Tensor, h0: Tensor, method: str, size: int, floor: float = -math.inf, keep: Tensor | None = None
+) -> Tensor:
     """Return h of h_t = f_t h_{t-1} + x_t, (B, T, H), for x >= (1 - f) floor. Where `keep`, f must be 1 and x 0."""
     if x.shape[1] == 0:
         return x * log_f + h0.unsqueeze(1)  # empty, and still a function of all three
-    if torch.jit.is_tracing():  # the older exporters lose writes in place, and cannot save a derivative of one's own
+    compiles = torch.compiler.is_compiling()
+    levels = () if compiles else torch._C._functorch.get_interpreter_stack() or ()
+    nests_jvp = sum(level.key() == torch._C._functorch.TransformType.Jvp for level in levels) > 1
+    # The older exporters lose writes in place and a derivative of one's own. A jvp inside a jvp loses what `jvp` saved.
+    if torch.jit.is_tracing() or nests_jvp:
         return _hold(_loop(log_f, x, h0), h0, keep)
-    function = _Pool if torch.compiler.is_compiling() else _PoolForwardMode
-    return function.apply(log_f, x, h0, keep, "scan" if method == "auto" else method, block_size, floor)
+    function = _Pool if compiles else _PoolForwardMode
+    return function.apply(log_f, x, h0, keep, "scan" if method == "auto" else method, size, floor)
 
 
 def _hold(h: Tensor, h0: Tensor, keep: Tensor | None) -> Tensor:
