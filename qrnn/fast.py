@@ -269,11 +269,11 @@ class _Layer(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, h_grad: Tensor | None, c_grad: Tensor | None):
-        window, x, c0, _, weight, bias, *saved = ctx.saved_tensors
+        window, x, c0, keep, weight, bias, *saved = ctx.saved_tensors  # once: a checkpoint gives them no second time
         given = [grad for grad in (h_grad, c_grad) if grad is not None]
         batched = any(torch._C._functorch.is_legacy_batchedtensor(grad) for grad in given)  # by is_grads_batched=True
         if torch.is_grad_enabled() or batched:  # second and many derivatives are those of the definition
-            return *_gradients_of_definition(ctx, h_grad, c_grad), None
+            return *_gradients_of_definition(ctx, (window, x, c0, keep, weight, bias), h_grad, c_grad), None
         setting, (batch, width), rows = ctx.setting, c0.shape, len(weight)
         pieces = _pieces(len(x), batch, rows, setting.dtype)
         convolves = convolution(window, x, weight, bias, setting.dtype, pieces[0].stop)
@@ -331,16 +331,16 @@ def _definition(window, x, c0, keep, weight, bias, setting) -> tuple[Tensor, Ten
     return (c if o is None else o * c).to(setting.dtype).transpose(0, 1), c[:, -1]
 
 
-def _gradients_of_definition(ctx, *grads: Tensor | None) -> list[Tensor | None]:
+def _gradients_of_definition(ctx, given: tuple, *grads: Tensor | None) -> list[Tensor | None]:
     """Return the gradients of window, x, c0, keep, weight and bias as functions that have derivatives themselves."""
-    needs, create_graph = ctx.needs_input_grad[:6], torch.is_grad_enabled()
+    needs, create_graph = ctx.needs_input_grad[: len(given)], torch.is_grad_enabled()
     with torch.enable_grad():
         # Aliases, because one may be a function of another: the input of a second layer with the same weight.
-        inputs = [a.view_as(a) if needed else a for a, needed in zip(ctx.saved_tensors[:6], needs, strict=True)]
+        inputs = [a.view_as(a) if needed else a for a, needed in zip(given, needs, strict=True)]
         outputs = _definition(*inputs, ctx.setting)  # type: ignore[call-arg]
     wanted = [a for a, needed in zip(inputs, needs, strict=True) if needed]
-    given = [(h, grad) for h, grad in zip(outputs, grads, strict=True) if grad is not None]
-    outputs, grads = zip(*given, strict=True)
+    pairs = [(h, grad) for h, grad in zip(outputs, grads, strict=True) if grad is not None]
+    outputs, grads = zip(*pairs, strict=True)
     found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=create_graph))
     return [next(found) if needed else None for needed in needs]
 
