@@ -104,7 +104,7 @@ def beam_search(
         trail = torch.zeros(len(prefixes), 0, source.shape[1], device=source.device)  # (N * beams, step, S), alpha
         log_p = torch.zeros(len(source), beam_size, device=source.device)  # (N, beams), of the prefixes
         log_p[:, 1:] = -torch.inf  # at first all are the same, and one is enough
-        best = log_p.new_full((len(source),), -torch.inf)  # (N,), of what is found
+        best = log_p.new_full((len(source),), -torch.inf, dtype=torch.float64)  # (N,), scores of what is found
         found: list[Hypothesis | None] = [None] * len(source)
 
         for step in range(max_length + 1):
@@ -119,7 +119,8 @@ def beam_search(
             top, rows, tokens = _continuations(totals, 2 * beam_size)  # (N, 2 * beams), best first
             ended = tokens == eos  # half of them at most, one a prefix: `beam_size` others are left
 
-            score, place = (top.masked_fill(~ended, -torch.inf)[:, :beam_size] / penalty(step + 1)).max(dim=1)
+            log_p, place = top.masked_fill(~ended, -torch.inf)[:, :beam_size].max(dim=1)
+            score = log_p.double() / penalty(step + 1)  # in float32 a large penalty leaves 0
             for n in (score > best).nonzero().flatten().tolist():
                 sentence, row = int(sentences[n]), int(rows[n, place[n]])
                 seen = None if attention is None else trail[row, :, : lengths[sentence]].cpu()
@@ -128,7 +129,7 @@ def beam_search(
 
             log_p, place = top.masked_fill(ended, -torch.inf).topk(beam_size)  # (N, beams)
             # a log-probability only falls and the penalty only grows: no hypothesis can reach more than this
-            going_on = log_p[:, 0] / penalty(max_length + 1) > best
+            going_on = log_p[:, 0].double() / penalty(max_length + 1) > best
             if not going_on.any():
                 break
             sentences, best, log_p = sentences[going_on], best[going_on], log_p[going_on]

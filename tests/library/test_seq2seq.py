@@ -585,6 +585,32 @@ def test_a_beam_wider_than_the_vocabulary():
         assert (tuple(best.tokens.tolist()), best.score) == (tokens, pytest.approx(score))
 
 
+class LineModel(nn.Module):
+    """Gives the same float32 log-probabilities after every prefix."""
+
+    def __init__(self, *log_p):
+        super().__init__()
+        self.register_buffer("log_p", torch.tensor(log_p))
+
+    def start(self, source, lengths):
+        return TableState(source[:, 0], torch.zeros(len(source), dtype=torch.long))
+
+    def step(self, tokens, state):
+        return self.log_p.expand(len(tokens), -1), state, None
+
+
+@pytest.mark.parametrize("alpha", (50.0, 100.0, 300.0))
+def test_a_large_length_penalty_ranks_as_any_other(alpha):
+    """Targets of eos and of one other token: all the weight is on length, and the longest is best."""
+    model = LineModel(0.5, 0.5, -0.5)
+    (found,) = beam_search(
+        model, torch.zeros(1, 1, dtype=torch.long), [1], bos=BOS, eos=1, length_penalty=alpha, max_length=20
+    )
+    assert len(found.tokens) == 20 and set(found.tokens.tolist()) == {0}
+    log_p = model.log_p.double().log_softmax(0)[0].item()
+    assert found.score == pytest.approx(normalised(21 * log_p, 21, alpha), rel=1e-5)
+
+
 # --- search: with the model -------------------------------------------------------------------------------------------
 
 
