@@ -119,8 +119,8 @@ def beam_search(
             top, rows, tokens = _continuations(totals, 2 * beam_size)  # (N, 2 * beams), best first
             ended = tokens == eos  # half of them at most, one a prefix: `beam_size` others are left
 
-            log_p, place = top.masked_fill(~ended, -torch.inf)[:, :beam_size].max(dim=1)
-            score = log_p.double() / penalty(step + 1)  # in float32 a large penalty leaves 0
+            likeliest, place = top.masked_fill(~ended, -torch.inf)[:, :beam_size].max(dim=1)
+            score = likeliest.double() / penalty(step + 1)  # in float32 a large penalty leaves 0
             for n in (score > best).nonzero().flatten().tolist():
                 sentence, row = int(sentences[n]), int(rows[n, place[n]])
                 seen = None if attention is None else trail[row, :, : lengths[sentence]].cpu()
@@ -158,6 +158,8 @@ def _evaluation(model: SearchModel) -> Iterator[None]:
 def _log_softmax(logits: Tensor, eos: int, force_eos: bool) -> Tensor:
     """Log-probabilities of the next token, (rows, V), at least float32; only that of eos with `force_eos`."""
     vocabulary = logits.shape[1]
+    if vocabulary < 2:
+        raise ValueError(f"model: logits of {vocabulary} token given, 2 or more expected: eos and another")
     if not 0 <= eos < vocabulary:
         raise ValueError(f"eos: {eos!r} given, a token from 0 to {vocabulary - 1} expected")
     log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(dim=1)

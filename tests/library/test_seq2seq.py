@@ -611,6 +611,11 @@ def test_a_large_length_penalty_ranks_as_any_other(alpha):
     assert found.score == pytest.approx(normalised(21 * log_p, 21, alpha), rel=1e-5)
 
 
+def test_a_target_vocabulary_of_one_token_is_refused():
+    with pytest.raises(ValueError, match="model: logits of 1 token given, 2 or more expected"):
+        beam_search(LineModel(0.0), torch.zeros(1, 1, dtype=torch.long), [1], bos=0, eos=0, max_length=4)
+
+
 # --- search: with the model -------------------------------------------------------------------------------------------
 
 
