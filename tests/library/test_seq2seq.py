@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qrnn.fast import FastQRNNLayer
-from qrnn.search import beam_search, greedy_search
+from qrnn.search import beam_search
 from qrnn.seq2seq import CentredLayer, DecoderLayer, QRNNSeq2Seq, attend
 from qrnn_layer import ACTIVATIONS, QRNNLayer, ShapeError, signed_pool
 
@@ -399,7 +399,7 @@ def test_it_learns_to_reverse():
         loss.backward()
         optimizer.step()
     for found in (
-        greedy_search(model, letters, lengths, bos=BOS, eos=EOS, max_length=6),
+        beam_search(model, letters, lengths, bos=BOS, eos=EOS, beam_size=1, length_penalty=0.0, max_length=6),
         beam_search(model, letters, lengths, bos=BOS, eos=EOS, beam_size=3, max_length=6),
     ):
         right = [torch.equal(best.tokens, row[:3]) for best, row in zip(found, wanted, strict=True)]
@@ -447,9 +447,9 @@ class TableModel(nn.Module):
             number = number * self.vocabulary + token
         return self.table[sentence, number].log_softmax(0).tolist()
 
-    def search(self, function=beam_search, sentences=None, **options):
+    def search(self, sentences=None, **options):
         source = torch.arange(len(self.table)).unsqueeze(1) if sentences is None else torch.tensor(sentences)[:, None]
-        return function(self, source, torch.ones(len(source), dtype=torch.long), bos=BOS, eos=EOS, **options)
+        return beam_search(self, source, torch.ones(len(source), dtype=torch.long), bos=BOS, eos=EOS, **options)
 
 
 def normalised(log_p, length, alpha):
@@ -525,10 +525,10 @@ def test_beam_and_penalty_matter():
     assert tokens(beam_size=4, length_penalty=3.0) > tokens(beam_size=4, length_penalty=0.0)
 
 
-def test_greedy_search_takes_the_likeliest_token_at_each_step():
+def test_a_search_of_one_beam_without_a_penalty_is_greedy():
     model = TableModel(sentences=30)
     lengths = set()
-    for sentence, found in enumerate(model.search(greedy_search, max_length=4)):
+    for sentence, found in enumerate(model.search(beam_size=1, length_penalty=0.0, max_length=4)):
         tokens, score = [], 0.0
         for step in range(5):
             log_p = model.log_p(sentence, tokens)
@@ -548,8 +548,8 @@ def test_eos_ends_a_target_and_max_length_forces_it():
     with torch.no_grad():
         model.table[0, :, EOS] = 50  # ends at once
         model.table[1, :, EOS] = -50  # never wants to end
-    for function in (greedy_search, beam_search):
-        first, second = model.search(function, max_length=3)
+    for beam_size in (1, 8):
+        first, second = model.search(beam_size=beam_size, max_length=3)
         assert first.tokens.tolist() == [] and first.score == pytest.approx(0, abs=1e-12)
         assert len(second.tokens) == 3 and EOS not in second.tokens
         assert second.score < -10  # the end that was forced counts
