@@ -26,19 +26,15 @@ COMPILES_SCANS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 11)  #
 METHODS = ("loop", "log", "blocked", "scan")
 MODES = {"f": 2, "fo": 3, "ifo": 4}  # mode -> blocks of the projection, in the order z, f, [i], [o]
 GAINS = {"f": 2, "fo": 4, "ifo": 4}  # of the initial weights of z, see `reset_parameters`
-ACTIVATIONS = {name: getattr(torch, name) for name in ("exp", "sigmoid", "relu", "tanh")} | {"identity": lambda a: a}
-ACTIVATIONS |= {"softplus": F.softplus, "elu": F.elu}
+ACTIVATIONS = {f.__name__: f for f in (torch.exp, torch.sigmoid, torch.relu, torch.tanh, F.softplus, F.elu)}
 # 2 max(a, 0) - log(1 + tanh |a|) keeps the digits near 0. The slope of |a| is -1 at 0: that of relu is 0 there
-ACTIVATIONS["shifted_softplus"] = lambda a: 2 * a.relu() - torch.where(a > 0, a, -a).tanh().log1p()
+ACTIVATIONS |= {"identity": lambda a: a, "shifted_softplus": lambda a: 2 * a.relu() - a.where(a > 0, -a).tanh().log1p()}
 FLOORS = {"tanh": -1, "elu": -1, "shifted_softplus": -math.log(2), "identity": -math.inf}  # z >= floor; 0 of all others
 
 
 # --- the trick -------------------------------------------------------------------------------------------------------
 def closed_form(log_f: Tensor, log_x: Tensor) -> tuple[Tensor, Tensor]:
-    """Solve h_t = f_t h_{t-1} + x_t with h_0 = 0 for every t at once, over the dimension before the last.
-
-    Returns log h and c, the running sums of log_f. Both are shaped like the arguments, (..., T, H).
-    """
+    """Return log h, of h_t = f_t h_{t-1} + x_t from h_0 = 0 for every t at once, and c; all are (..., T, H)."""
     c = log_f.cumsum(dim=-2)  # log of f_1 * ... * f_t
     log_h = c + (log_x - c).logcumsumexp(dim=-2)  # f_1...f_t * sum of x_s / (f_1...f_s), in logs
     return log_h, c
@@ -90,17 +86,18 @@ class QRNNLayer(nn.Module):
         expect(str(mode) in MODES, "mode", mode, f"one of {', '.join(MODES)}")
         expect(str(activation) in ACTIVATIONS, "activation", activation, f"one of {', '.join(ACTIVATIONS)}")
         expect(str(method) in ("auto", *METHODS), "method", method, f"auto or one of {', '.join(METHODS)}")
-        expect(isinstance(bias, int) and bias in (0, 1), "bias", bias, "True or False", TypeError)
+        expect(getattr(dtype, "is_floating_point", dtype is None), "dtype", dtype, "a floating dtype")
         self.input_size, self.hidden_size = check_size("input_size", input_size), check_size("hidden_size", hidden_size)
         self.kernel_size, self.zoneout = check_size("kernel_size", kernel_size), check_probability("zoneout", zoneout)
         self.mode, self.activation, self.method = mode, activation, method
         rows = MODES[mode] * self.hidden_size
         self.weight = nn.Parameter(torch.empty(rows, self.kernel_size * self.input_size, device=device, dtype=dtype))
-        self.bias = nn.Parameter(torch.empty(rows, device=device, dtype=dtype)) if bias else None
+        self.bias = nn.Parameter(torch.empty(rows, device=device, dtype=dtype)) if check_flag("bias", bias) else None
         self.reset_parameters()
 
     def reset_parameters(self, forget_bias: float = 0.0) -> None:
         """Draw uniformly from +-1/sqrt(K F), as nn.Conv1d does. A positive `forget_bias` remembers longer at first."""
+        expect(isinstance(forget_bias, Real) and math.isfinite(forget_bias), "forget_bias", forget_bias, "a number")
         expect(self.bias is not None or not forget_bias, "forget_bias", forget_bias, "0 for a layer without bias")
         bound = 1 / math.sqrt(self.kernel_size * self.input_size)
         for parameter in self.parameters():
@@ -180,17 +177,21 @@ class QRNNLayer(nn.Module):
         floor = FLOORS.get(self.activation, 0)  # in "ifo" i may exceed 1 - f, so one below 0 does not hold
         return _recurrence(log_f, x, c0, self.method, 64, -math.inf if floor and self.mode == "ifo" else floor, keep)
 
-    def _check_input(self, x: Tensor, state: QRNNState | None) -> QRNNState:
+    def check_x(self, x: Tensor, name: str = "x") -> list[torch.dtype]:  # its legal dtype, none if autocast takes any
         device, dtype = self.weight.device, self.weight.dtype
         autocasts = device.type != "meta" and torch.is_autocast_enabled(device.type)  # float64 it leaves alone
-        any_dtype = autocasts and torch.float64 not in (dtype, getattr(x, "dtype", None))
-        check_tensor("x", x, ("B", "T", self.input_size), device, *([] if any_dtype else [dtype]))
+        dtypes = [] if autocasts and torch.float64 not in (dtype, getattr(x, "dtype", None)) else [dtype]
+        check_tensor(name, x, ("B", "T", self.input_size), device, *dtypes)
+        return dtypes
+
+    def _check_input(self, x: Tensor, state: QRNNState | None) -> QRNNState:
+        dtypes, device = self.check_x(x), x.device
         if state is None:
             return self.initial_state(x.shape[0], x)
         expect(isinstance(state, tuple) and len(state) == 2, "state", type(state), "QRNNState(c, window)", TypeError)
         dtype = torch.promote_types(x.dtype, torch.float32)
         check_tensor("state.c", state[0], (x.shape[0], self.hidden_size), device, dtype)
-        check_tensor("state.window", state[1], (x.shape[0], self.kernel_size - 1, self.input_size), device)
+        check_tensor("state.window", state[1], (x.shape[0], self.kernel_size - 1, self.input_size), device, *dtypes)
         return QRNNState(state[0], state[1].to(x.dtype))
 
 
@@ -236,11 +237,10 @@ def signed_pool(
 ) -> Tensor:
     """Pool candidates of any sign: h_t = exp(log_f_t) h_{t-1} + exp(log_i_t) z_t (eq. 5 of the paper).
 
-    The log forms split z = z+ - z-, pool both halves and subtract. Errors are relative to the same pooling of |z|.
-
     Args:
         log_f, h0, method, block_size, check: as in `pool`, which says too what is returned and raised.
-        log_i, z: (B, T, H): logs of the input gates, <= 0, -inf allowed; candidates, any finite numbers.
+        log_i, z: (B, T, H): logs of the input gates, <= 0, -inf allowed; candidates, any finite numbers. The log forms
+            pool max(z, 0) and max(-z, 0) and subtract. Errors are relative to the same pooling of |z|.
     """
     f, i, candidates, state = _checked(method, block_size, check, {"log_f": log_f, "log_i": log_i, "z": z}, h0)
     return _recurrence(f, i.exp() * candidates, state, method, block_size).to(log_f.dtype)
@@ -319,7 +319,7 @@ class _Pool(torch.autograd.Function):
             h = _blocked(log_f, x, h0, floor, size)
         else:
             h = (_loop if method == "loop" else _scan)(log_f, x, h0)
-        return _hold(h, h0, keep)
+        return h if keep is None else _hold(h, h0, keep)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
@@ -362,18 +362,16 @@ def _recurrence(
         return x * log_f + h0.unsqueeze(1)  # empty, and still a function of all three
     compiles = torch.compiler.is_compiling()
     levels = () if compiles else torch._C._functorch.get_interpreter_stack() or ()
-    nests_jvp = sum(level.key() == torch._C._functorch.TransformType.Jvp for level in levels) > 1
     # The older exporters lose writes in place and a derivative of one's own. A jvp inside a jvp loses what `jvp` saved.
-    if torch.jit.is_tracing() or nests_jvp:
-        return _hold(_loop(log_f, x, h0), h0, keep)
+    if torch.jit.is_tracing() or sum(level.key() == torch._C._functorch.TransformType.Jvp for level in levels) > 1:
+        h = _loop(log_f, x, h0)
+        return h if keep is None else _hold(h, h0, keep)
     function = _Pool if compiles else _PoolForwardMode
     return function.apply(log_f, x, h0, keep, "scan" if method == "auto" else method, size, floor)
 
 
-def _hold(h: Tensor, h0: Tensor, keep: Tensor | None) -> Tensor:
+def _hold(h: Tensor, h0: Tensor, keep: Tensor) -> Tensor:
     """Repeat the state before, to the bit, where `keep`: a scan comes to each step on a path of its own."""
-    if keep is None:
-        return h
     step = torch.arange(1, h.shape[1] + 1, device=h.device).unsqueeze(1)  # (T, 1)
     moved = torch.where(keep, 0, step).cummax(dim=1).values  # (B, T, H or 1), the last step that did, 0 if none
     return torch.cat([h0.unsqueeze(1), h], dim=1).take_along_dim(moved, dim=1)
@@ -394,6 +392,11 @@ def check_size(name: str, given: int, least: int = 1) -> int:
     expect(isinstance(given, Integral) and not isinstance(given, bool), name, given, "a whole number", TypeError)
     expect(given >= least, name, given, f"a whole number of at least {least}")
     return int(given)
+
+
+def check_flag(name: str, flag: bool) -> bool:  # also NumPy's, called bool_ before its version 2
+    expect(type(flag).__name__ in ("bool", "bool_", "int") and flag in (0, 1), name, flag, "True or False", TypeError)
+    return bool(flag)
 
 
 def check_probability(name: str, given: float) -> float:
@@ -436,14 +439,12 @@ def _checked(method: str, block_size: int, check: bool, arrays: dict[str, Tensor
     expect(str(method) in ("auto", *METHODS), "method", method, f"auto or one of {', '.join(METHODS)}")
     check_size("block_size", block_size)
     check_tensor("log_f", log_f := arrays["log_f"], ("B", "T", "H"))
+    arrays = arrays | {"h0": log_f.new_zeros(log_f.shape[::2]) if h0 is None else h0}  # (B, H)
     for name, array in arrays.items():
-        check_tensor(name, array, log_f.shape, log_f.device, log_f.dtype)
-    h0 = log_f.new_zeros(log_f.shape[0], log_f.shape[2]) if h0 is None else h0
-    check_tensor("h0", h0, (log_f.shape[0], log_f.shape[2]), log_f.device, log_f.dtype)
-    for name, array in (arrays | {"h0": h0}).items() if check else ():
+        check_tensor(name, array, log_f.shape[::2] if name == "h0" else log_f.shape, log_f.device, log_f.dtype)
+    for name, array in arrays.items() if check else ():
         legal = array <= 0 if name in ("log_f", "log_i") else array < math.inf if name == "log_x" else array.isfinite()
-        if not legal.all():
-            where = tuple((~legal).nonzero()[0].tolist())
+        for where in map(tuple, (~legal).nonzero()[:1].tolist()):
             legal_text = "numbers <= 0 or -inf" if name in ("log_f", "log_i") else "numbers, no NaN and no +inf,"
             raise ValueError(f"{name}: {array[where].item()} given at {where}, {legal_text} expected")
-    return [array.to(torch.promote_types(array.dtype, torch.float32)) for array in (*arrays.values(), h0)]
+    return [array.to(torch.promote_types(array.dtype, torch.float32)) for array in arrays.values()]

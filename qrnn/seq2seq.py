@@ -22,7 +22,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qrnn.fast import FastQRNNLayer
-from qrnn_layer import MODES, QRNNLayer, QRNNState, check_lengths, check_probability, check_size, check_tensor, expect
+from qrnn_layer import (
+    MODES,
+    QRNNLayer,
+    QRNNState,
+    check_flag,
+    check_lengths,
+    check_probability,
+    check_size,
+    check_tensor,
+    expect,
+)
 
 WHOLE = (torch.int64, torch.int32)  # dtypes of tokens and lengths
 
@@ -154,6 +164,7 @@ class QRNNSeq2Seq(nn.Module):
         for name, size in sizes.items():
             check_size(name, size)
         check_probability("dropout", dropout)
+        check_flag("causal_encoder", causal_encoder)
         expect(str(mode) in ("fo", "ifo"), "mode", mode, "fo or ifo, for attention needs an output gate (eq. 8),")
         place: dict[str, Any] = {"device": device, "dtype": dtype}
         options = {"mode": mode, "zoneout": zoneout, "activation": activation, "method": method, **place}

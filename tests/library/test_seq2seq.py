@@ -688,6 +688,8 @@ def search(**options):
         (lambda: build(first_kernel_size=0), ValueError, "first_kernel_size: 0 given"),
         (lambda: build(dropout=1.5), ValueError, "dropout: 1.5 given"),
         (lambda: build(zoneout=-1), ValueError, "zoneout: -1 given"),
+        (lambda: build(causal_encoder="no"), TypeError, "causal_encoder: 'no' given"),
+        (lambda: build(dtype=torch.complex64), ValueError, "dtype: torch.complex64 given"),
         (lambda: build(activation="gelu"), ValueError, "activation: 'gelu' given"),
         (lambda: MODEL(SOURCE[0], LENGTHS, TARGET), ShapeError, r"source: shape \(6,\) given"),
         (
