@@ -48,7 +48,7 @@ sigmoid_backward = aten.sigmoid_backward.grad_input  # an overload by name is fo
 
 
 class _Activation(NamedTuple):
-    """An activation in place, and its backward pass from its value."""
+    """Hold an activation in place, and its backward pass from its value."""
 
     forward_: Callable[[Tensor], object]  # (pre-activation) -> None
     backward: Callable[[Tensor, Tensor, Tensor], object]  # (gradient of the value, value, out) -> None
@@ -257,10 +257,19 @@ def _last(states: Halves) -> Tensor:
 
 
 class _Layer(torch.autograd.Function):
-    """`_forward` and its derivative: h and the last c."""
+    """Return h and the last c of `_forward`, with their derivatives."""
 
     @staticmethod
-    def forward(ctx, window, x, c0, keep, weight, bias, setting):
+    def forward(
+        ctx,
+        window: Tensor,
+        x: Tensor,
+        c0: Tensor,
+        keep: Tensor | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        setting: _Setting,
+    ) -> tuple[Tensor, Tensor]:
         h, c_last, gates, states = _forward(window, x, c0, keep, weight, bias, setting, saves=True)
         ctx.save_for_backward(window, x, c0, keep, weight, bias, *gates, *states)
         ctx.setting = setting
@@ -322,7 +331,15 @@ class _Layer(torch.autograd.Function):
         return window_grad, x_grad, carried, None, weight_grad.to(weight.dtype), to_bias, None
 
 
-def _definition(window, x, c0, keep, weight, bias, setting) -> tuple[Tensor, Tensor]:
+def _definition(
+    window: Tensor,
+    x: Tensor,
+    c0: Tensor,
+    keep: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    setting: _Setting,
+) -> tuple[Tensor, Tensor]:
     """Return what `_Layer` does, by the operations of the plain layer."""
     seen = torch.cat([window, x])
     taps = torch.cat([seen[k : k + len(x)] for k in range(len(window) + 1)], dim=2)
@@ -346,11 +363,12 @@ def _gradients_of_definition(ctx, given: tuple, *grads: Tensor | None) -> list[T
 
 
 class FastQRNNLayer(QRNNLayer):
-    """`QRNNLayer`, faster on a CPU; arguments, parameters and numbers are the same.
+    """Do what `QRNNLayer` does, faster on a CPU; arguments, parameters and numbers are the same.
 
     The plain layer computes what this one cannot or need not: other devices, float16, methods other than "scan" (or
     "auto"), no steps or no sequences, forward-mode derivatives, `torch.func`, `torch.compile`, `torch.export`, tracing.
-    Second derivatives are those of the plain layer.
+    Second derivatives are those of the plain layer. Where `qrnn.convolution` takes its short filter, an input of inf or
+    near the largest float makes its sequence NaN; the plain layer saturates.
     """
 
     def _run(self, window: Tensor, x: Tensor, c0: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -392,7 +410,6 @@ class FastQRNNLayer(QRNNLayer):
             and x.device.type == "cpu"
             and dtype in (torch.float32, torch.float64, torch.bfloat16)
             and self.method in ("auto", "scan")
-            and self.activation in ACTIVATIONS
             and x.shape[0] > 0
             and x.shape[1] > 0
             and not torch.compiler.is_compiling()
