@@ -248,7 +248,7 @@ def signed_pool(
 
 # --- the four ways to pool: (B, T, H), (B, T, H), (B, H) -> (B, T, H), T > 0 -----------------------------------------
 def _loop(log_f: Tensor, x: Tensor, h0: Tensor) -> Tensor:
-    """The definition, and the only loop over time in this file."""
+    """Pool by the definition, with the only loop over time in this file."""
     f, h, steps = log_f.exp(), h0, []
     for t in range(x.shape[1]):
         h = f[:, t] * h + x[:, t]  # (B, H)
@@ -257,7 +257,7 @@ def _loop(log_f: Tensor, x: Tensor, h0: Tensor) -> Tensor:
 
 
 def _blocked(log_f: Tensor, x: Tensor, h0: Tensor, floor: float, block_size: int) -> Tensor:
-    """The closed form inside blocks, the scan from block to block; in float64, for a log c is off by eps |c|."""
+    """Solve inside blocks, scan from block to block: in float64, for a log c is off by eps |c|."""
     (batch_size, length, channels), size = x.shape, min(block_size, x.shape[1])
     shape = batch_size, -(-length // size), size, channels
     f_blocks, x_blocks = (F.pad(a, (0, 0, 0, -length % size)).double().reshape(shape) for a in (log_f, x))
@@ -305,7 +305,7 @@ def scan_in_place(h: Tensor, link: Tensor) -> None:
 
 
 class _Pool(torch.autograd.Function):
-    """h_t = f_t h_{t-1} + x_t with its derived backward pass, the same recurrence run backwards in time.
+    """Pool with the derived backward pass, the same recurrence run backwards in time.
 
     delta_t = g_t + f_{t+1} delta_{t+1}    dx_t = delta_t    dlog f_t = delta_t f_t h_{t-1}    dh_0 = f_1 delta_1
     """
@@ -345,7 +345,7 @@ class _Pool(torch.autograd.Function):
 
 
 class _PoolForwardMode(_Pool):
-    """Adds the forward-mode derivative, again a pooling. A class of its own: torch.compile takes no `jvp`."""
+    """Add the forward-mode derivative, again a pooling. A class of its own: torch.compile takes no `jvp`."""
 
     @staticmethod
     def jvp(ctx, log_f_tangent, x_tangent, h0_tangent, *_):
@@ -378,7 +378,7 @@ def _hold(h: Tensor, h0: Tensor, keep: Tensor) -> Tensor:
 
 
 class ShapeError(ValueError, RuntimeError):
-    """Tensors that do not fit, in shape, dtype or device. A RuntimeError too, which PyTorch's own layers raise then."""
+    """Say that a tensor does not fit, in shape, dtype or device: a RuntimeError too, as PyTorch's own layers raise."""
 
 
 def expect(holds: bool, name: str, given: object, expected: str, error: type[Exception] = ValueError) -> None:

@@ -194,7 +194,7 @@ class QRNN(nn.Module):
         return PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices), state
 
     def _stack(self, x: Tensor, state: tuple | None, lengths: Tensor | None = None) -> tuple[Tensor, State]:
-        """(B, T, F) -> (B, T, D * H), and the state; one that is given comes from `_checked_state`."""
+        """Run all layers, (B, T, F) -> (B, T, D * H); also return the state. One given comes from `_checked_state`."""
         directions = 2 if self.bidirectional else 1
         seen, last_outputs, cells, windows = x, [], [], []  # seen: what the next layer is fed with
         for layer in range(self.num_layers):
