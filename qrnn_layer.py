@@ -26,13 +26,13 @@ COMPILES_SCANS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 11)  #
 METHODS = ("loop", "log", "blocked", "scan")
 MODES = {"f": 2, "fo": 3, "ifo": 4}  # mode -> blocks of the projection, in the order z, f, [i], [o]
 GAINS = {"f": 2, "fo": 4, "ifo": 4}  # of the initial weights of z, see `reset_parameters`
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]]
 ACTIVATIONS = {f.__name__: f for f in (torch.exp, torch.sigmoid, torch.relu, torch.tanh, F.softplus, F.elu)}
 # 2 max(a, 0) - log(1 + tanh |a|) keeps the digits near 0. The slope of |a| is -1 at 0: that of relu is 0 there
 ACTIVATIONS |= {"identity": lambda a: a, "shifted_softplus": lambda a: 2 * a.relu() - a.where(a > 0, -a).tanh().log1p()}
 FLOORS = {"tanh": -1, "elu": -1, "shifted_softplus": -math.log(2), "identity": -math.inf}  # z >= floor; 0 of all others
 
 
-# --- the trick -------------------------------------------------------------------------------------------------------
 def closed_form(log_f: Tensor, log_x: Tensor) -> tuple[Tensor, Tensor]:
     """Return log h, of h_t = f_t h_{t-1} + x_t from h_0 = 0 for every t at once, and c; all are (..., T, H)."""
     c = log_f.cumsum(dim=-2)  # log of f_1 * ... * f_t
@@ -178,10 +178,10 @@ class QRNNLayer(nn.Module):
         return _recurrence(log_f, x, c0, self.method, 64, -math.inf if floor and self.mode == "ifo" else floor, keep)
 
     def check_x(self, x: Tensor, name: str = "x") -> list[torch.dtype]:  # its legal dtype, none if autocast takes any
-        device, dtype = self.weight.device, self.weight.dtype
-        autocasts = device.type != "meta" and torch.is_autocast_enabled(device.type)  # float64 it leaves alone
-        dtypes = [] if autocasts and torch.float64 not in (dtype, getattr(x, "dtype", None)) else [dtype]
-        check_tensor(name, x, ("B", "T", self.input_size), device, *dtypes)
+        weight = self.weight
+        autocasts = not weight.is_meta and torch.is_autocast_enabled(weight.device.type)  # float64 it leaves alone
+        dtypes = [] if autocasts and torch.float64 not in (weight.dtype, getattr(x, "dtype", None)) else [weight.dtype]
+        check_tensor(name, x, ("B", "T", self.input_size), weight.device, *dtypes)
         return dtypes
 
     def _check_input(self, x: Tensor, state: QRNNState | None) -> QRNNState:
@@ -341,7 +341,7 @@ class _Pool(torch.autograd.Function):
             return (array.expand(info.batch_size, *array.shape) if dim is None else array.movedim(dim, 0)).flatten(0, 1)
 
         log_f, x, h0, keep = (a if a is None else fold(a, dim) for a, dim in zip(inputs[:4], in_dims[:4], strict=True))
-        return _recurrence(log_f, x, h0, *inputs[4:], keep).unflatten(0, (info.batch_size, -1)), 0  # type: ignore[call-arg]
+        return _recurrence(log_f, x, h0, *inputs[4:], keep).unflatten(0, (info.batch_size, -1)), 0  # type: ignore
 
 
 class _PoolForwardMode(_Pool):
@@ -414,7 +414,7 @@ def check_tensor(
         what, error = (f"shape {sizes}", ShapeError) if dense else (type(given).__name__, TypeError)
         raise error(f"{name}: {what} given, a dense tensor ({', '.join(map(str, shape))}) expected")
     if not (given.dtype in dtypes if dtypes else given.is_floating_point()):
-        wanted = " or ".join(map(str, dtypes)) or "a floating dtype"
+        wanted = " or ".join(map(str, dict.fromkeys(dtypes))) or "a floating dtype"
         raise ShapeError(f"{name}: dtype {given.dtype} given, {wanted} expected; convert it by .to(dtype)")
     if device not in (None, given.device):
         raise ShapeError(f"{name}: device {given.device} given, {device} expected; move it by .to(device)")
