@@ -26,17 +26,15 @@ COMPILES_SCANS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 11)  #
 METHODS = ("loop", "log", "blocked", "scan")
 MODES = {"f": 2, "fo": 3, "ifo": 4}  # mode -> blocks of the projection, in the order z, f, [i], [o]
 GAINS = {"f": 2, "fo": 4, "ifo": 4}  # of the initial weights of z, see `reset_parameters`
-ACTIVATIONS = {name: getattr(torch, name) for name in ("exp", "sigmoid", "relu", "tanh")} | {"identity": lambda a: a}
-ACTIVATIONS |= {"softplus": F.softplus, "shifted_softplus": lambda a: F.softplus(2 * a) - math.log(2), "elu": F.elu}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]]
+ACTIVATIONS = {f.__name__: f for f in (torch.exp, torch.sigmoid, torch.relu, torch.tanh, F.softplus, F.elu)}
+# 2 max(a, 0) - log(1 + tanh |a|) keeps the digits near 0. The slope of |a| is -1 at 0: that of relu is 0 there
+ACTIVATIONS |= {"identity": lambda a: a, "shifted_softplus": lambda a: 2 * a.relu() - a.where(a > 0, -a).tanh().log1p()}
 FLOORS = {"tanh": -1, "elu": -1, "shifted_softplus": -math.log(2), "identity": -math.inf}  # z >= floor; 0 of all others
 
 
-# --- the trick -------------------------------------------------------------------------------------------------------
 def closed_form(log_f: Tensor, log_x: Tensor) -> tuple[Tensor, Tensor]:
-    """Solve h_t = f_t h_{t-1} + x_t with h_0 = 0 for every t at once, over the dimension before the last.
-
-    Returns log h and c, the running sums of log_f. Both are shaped like the arguments, (..., T, H).
-    """
+    """Return log h, of h_t = f_t h_{t-1} + x_t from h_0 = 0 for every t at once, and c; all are (..., T, H)."""
     c = log_f.cumsum(dim=-2)  # log of f_1 * ... * f_t
     log_h = c + (log_x - c).logcumsumexp(dim=-2)  # f_1...f_t * sum of x_s / (f_1...f_s), in logs
     return log_h, c
@@ -88,26 +86,24 @@ class QRNNLayer(nn.Module):
         expect(str(mode) in MODES, "mode", mode, f"one of {', '.join(MODES)}")
         expect(str(activation) in ACTIVATIONS, "activation", activation, f"one of {', '.join(ACTIVATIONS)}")
         expect(str(method) in ("auto", *METHODS), "method", method, f"auto or one of {', '.join(METHODS)}")
-        expect(isinstance(bias, int) and bias in (0, 1), "bias", bias, "True or False", TypeError)
+        expect(getattr(dtype, "is_floating_point", dtype is None), "dtype", dtype, "a floating dtype")
         self.input_size, self.hidden_size = check_size("input_size", input_size), check_size("hidden_size", hidden_size)
         self.kernel_size, self.zoneout = check_size("kernel_size", kernel_size), check_probability("zoneout", zoneout)
         self.mode, self.activation, self.method = mode, activation, method
         rows = MODES[mode] * self.hidden_size
         self.weight = nn.Parameter(torch.empty(rows, self.kernel_size * self.input_size, device=device, dtype=dtype))
-        self.bias = nn.Parameter(torch.empty(rows, device=device, dtype=dtype)) if bias else None
+        self.bias = nn.Parameter(torch.empty(rows, device=device, dtype=dtype)) if check_flag("bias", bias) else None
         self.reset_parameters()
 
     def reset_parameters(self, forget_bias: float = 0.0) -> None:
-        """Draw uniformly from +-1/sqrt(K F), as nn.Conv1d does. A positive `forget_bias` remembers longer at first.
-
-        The weights of z are larger by `GAINS`: gates near 1/2 halve z and c, so signals would die out in a deep stack.
-        """
+        """Draw uniformly from +-1/sqrt(K F), as nn.Conv1d does. A positive `forget_bias` remembers longer at first."""
+        expect(isinstance(forget_bias, Real) and math.isfinite(forget_bias), "forget_bias", forget_bias, "a number")
         expect(self.bias is not None or not forget_bias, "forget_bias", forget_bias, "0 for a layer without bias")
         bound = 1 / math.sqrt(self.kernel_size * self.input_size)
         for parameter in self.parameters():
             nn.init.uniform_(parameter, -bound, bound)
         with torch.no_grad():
-            self.weight[: self.hidden_size] *= GAINS[self.mode]
+            self.weight[: self.hidden_size] *= GAINS[self.mode]  # or signals die out: gates near 1/2 halve z and c
             if self.bias is not None:
                 self.bias[self.hidden_size : 2 * self.hidden_size] += forget_bias
 
@@ -181,17 +177,21 @@ class QRNNLayer(nn.Module):
         floor = FLOORS.get(self.activation, 0)  # in "ifo" i may exceed 1 - f, so one below 0 does not hold
         return _recurrence(log_f, x, c0, self.method, 64, -math.inf if floor and self.mode == "ifo" else floor, keep)
 
+    def check_x(self, x: Tensor, name: str = "x") -> list[torch.dtype]:  # its legal dtype, none if autocast takes any
+        weight = self.weight
+        autocasts = not weight.is_meta and torch.is_autocast_enabled(weight.device.type)  # float64 it leaves alone
+        dtypes = [] if autocasts and torch.float64 not in (weight.dtype, getattr(x, "dtype", None)) else [weight.dtype]
+        check_tensor(name, x, ("B", "T", self.input_size), weight.device, *dtypes)
+        return dtypes
+
     def _check_input(self, x: Tensor, state: QRNNState | None) -> QRNNState:
-        device, dtype = self.weight.device, self.weight.dtype
-        autocasts = device.type != "meta" and torch.is_autocast_enabled(device.type)  # float64 it leaves alone
-        any_dtype = autocasts and torch.float64 not in (dtype, getattr(x, "dtype", None))
-        check_tensor("x", x, ("B", "T", self.input_size), device, *([] if any_dtype else [dtype]))
+        dtypes, device = self.check_x(x), x.device
         if state is None:
             return self.initial_state(x.shape[0], x)
         expect(isinstance(state, tuple) and len(state) == 2, "state", type(state), "QRNNState(c, window)", TypeError)
         dtype = torch.promote_types(x.dtype, torch.float32)
         check_tensor("state.c", state[0], (x.shape[0], self.hidden_size), device, dtype)
-        check_tensor("state.window", state[1], (x.shape[0], self.kernel_size - 1, self.input_size), device)
+        check_tensor("state.window", state[1], (x.shape[0], self.kernel_size - 1, self.input_size), device, *dtypes)
         return QRNNState(state[0], state[1].to(x.dtype))
 
 
@@ -237,11 +237,10 @@ def signed_pool(
 ) -> Tensor:
     """Pool candidates of any sign: h_t = exp(log_f_t) h_{t-1} + exp(log_i_t) z_t (eq. 5 of the paper).
 
-    The log forms split z = z+ - z-, pool both halves and subtract. Errors are relative to the same pooling of |z|.
-
     Args:
         log_f, h0, method, block_size, check: as in `pool`, which says too what is returned and raised.
-        log_i, z: (B, T, H): logs of the input gates, <= 0, -inf allowed; candidates, any finite numbers.
+        log_i, z: (B, T, H): logs of the input gates, <= 0, -inf allowed; candidates, any finite numbers. The log forms
+            pool max(z, 0) and max(-z, 0) and subtract. Errors are relative to the same pooling of |z|.
     """
     f, i, candidates, state = _checked(method, block_size, check, {"log_f": log_f, "log_i": log_i, "z": z}, h0)
     return _recurrence(f, i.exp() * candidates, state, method, block_size).to(log_f.dtype)
@@ -249,7 +248,7 @@ def signed_pool(
 
 # --- the four ways to pool: (B, T, H), (B, T, H), (B, H) -> (B, T, H), T > 0 -----------------------------------------
 def _loop(log_f: Tensor, x: Tensor, h0: Tensor) -> Tensor:
-    """The definition, and the only loop over time in this file."""
+    """Pool by the definition, with the only loop over time in this file."""
     f, h, steps = log_f.exp(), h0, []
     for t in range(x.shape[1]):
         h = f[:, t] * h + x[:, t]  # (B, H)
@@ -258,7 +257,7 @@ def _loop(log_f: Tensor, x: Tensor, h0: Tensor) -> Tensor:
 
 
 def _blocked(log_f: Tensor, x: Tensor, h0: Tensor, floor: float, block_size: int) -> Tensor:
-    """The closed form inside blocks, the scan from block to block; in float64, for a log c is off by eps |c|."""
+    """Solve inside blocks, scan from block to block: in float64, for a log c is off by eps |c|."""
     (batch_size, length, channels), size = x.shape, min(block_size, x.shape[1])
     shape = batch_size, -(-length // size), size, channels
     f_blocks, x_blocks = (F.pad(a, (0, 0, 0, -length % size)).double().reshape(shape) for a in (log_f, x))
@@ -281,10 +280,8 @@ def _closed_form_of_any_sign(log_f: Tensor, x: Tensor, floor: float) -> tuple[Te
 
 
 def _scan(log_f: Tensor, x: Tensor, h0: Tensor) -> Tensor:
-    """Odd-even scan of log gates and plain states: log2(T) levels, 2T work, no division, any sign.
-
-    A plain gate near 1 has lost the digits of 1 - f, and a product of T of them collects the loss; a sum of logs not.
-    """
+    """Scan log gates and plain states, odd and even steps in turn: log2(T) levels, 2T work, no division, any sign."""
+    # A plain gate near 1 has lost the digits of 1 - f, and a product of T of them collects the loss; a sum of logs not.
     h = torch.cat([(x[:, 0] + log_f[:, 0].exp() * h0).unsqueeze(1), x[:, 1:]], dim=1)
     if x.is_cuda and COMPILES_SCANS and torch.compiler.is_dynamo_compiling() and x.numel():
         scan = torch._higher_order_ops.associative_scan  # a prototype: not public, and without rules for functorch
@@ -296,10 +293,8 @@ def _scan(log_f: Tensor, x: Tensor, h0: Tensor) -> Tensor:
 
 
 def scan_in_place(h: Tensor, link: Tensor) -> None:
-    """Turn x, (B, T, H), into the states h_t = x_t + exp(link_{t-1}) h_{t-1}; `link` is (B, T-1, H).
-
-    The odd steps, counted from 0, are a recurrence of their own: h_t = (x_t + f_t x_{t-1}) + f_t f_{t-1} h_{t-2}.
-    """
+    """Turn x, (B, T, H), into the states h_t = x_t + exp(link_{t-1}) h_{t-1}; `link` is (B, T-1, H)."""
+    # The odd steps, counted from 0, are a recurrence of their own: h_t = (x_t + f_t x_{t-1}) + f_t f_{t-1} h_{t-2}.
     length = h.shape[1]
     if length > 1:
         odd, to_odd, to_even = h[:, 1::2], link[:, 0::2], link[:, 1::2]
@@ -310,11 +305,9 @@ def scan_in_place(h: Tensor, link: Tensor) -> None:
 
 
 class _Pool(torch.autograd.Function):
-    """h_t = f_t h_{t-1} + x_t with its derived backward pass, the same recurrence run backwards in time.
+    """Pool with the derived backward pass, the same recurrence run backwards in time.
 
     delta_t = g_t + f_{t+1} delta_{t+1}    dx_t = delta_t    dlog f_t = delta_t f_t h_{t-1}    dh_0 = f_1 delta_1
-
-    Autograd through the logs would lose far more digits, and store every array on the way. This stores log f and h.
     """
 
     @staticmethod
@@ -326,12 +319,12 @@ class _Pool(torch.autograd.Function):
             h = _blocked(log_f, x, h0, floor, size)
         else:
             h = (_loop if method == "loop" else _scan)(log_f, x, h0)
-        return _hold(h, h0, keep)
+        return h if keep is None else _hold(h, h0, keep)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
         log_f, _, h0, _, ctx.method, ctx.block_size, _ = inputs
-        ctx.save_for_backward(log_f, h0, output)
+        ctx.save_for_backward(log_f, h0, output)  # autograd through the logs would keep far more, and lose digits
         ctx.save_for_forward(log_f, h0, output)  # for `jvp`
 
     @staticmethod
@@ -348,11 +341,11 @@ class _Pool(torch.autograd.Function):
             return (array.expand(info.batch_size, *array.shape) if dim is None else array.movedim(dim, 0)).flatten(0, 1)
 
         log_f, x, h0, keep = (a if a is None else fold(a, dim) for a, dim in zip(inputs[:4], in_dims[:4], strict=True))
-        return _recurrence(log_f, x, h0, *inputs[4:], keep).unflatten(0, (info.batch_size, -1)), 0  # type: ignore[call-arg]
+        return _recurrence(log_f, x, h0, *inputs[4:], keep).unflatten(0, (info.batch_size, -1)), 0  # type: ignore
 
 
 class _PoolForwardMode(_Pool):
-    """Adds the forward-mode derivative, again a pooling. A class of its own: torch.compile takes no `jvp`."""
+    """Add the forward-mode derivative, again a pooling. A class of its own: torch.compile takes no `jvp`."""
 
     @staticmethod
     def jvp(ctx, log_f_tangent, x_tangent, h0_tangent, *_):
@@ -361,27 +354,31 @@ class _PoolForwardMode(_Pool):
         return _recurrence(log_f, x_tangent, h0_tangent, ctx.method, ctx.block_size)
 
 
-def _recurrence(log_f, x, h0, method: str, block_size: int = 64, floor: float = -math.inf, keep: Tensor | None = None):
+def _recurrence(
+    log_f: Tensor, x: Tensor, h0: Tensor, method: str, size: int, floor: float = -math.inf, keep: Tensor | None = None
+) -> Tensor:
     """Return h of h_t = f_t h_{t-1} + x_t, (B, T, H), for x >= (1 - f) floor. Where `keep`, f must be 1 and x 0."""
     if x.shape[1] == 0:
         return x * log_f + h0.unsqueeze(1)  # empty, and still a function of all three
-    if torch.jit.is_tracing():  # the older exporters lose writes in place, and cannot save a derivative of one's own
-        return _hold(_loop(log_f, x, h0), h0, keep)
-    function = _Pool if torch.compiler.is_compiling() else _PoolForwardMode
-    return function.apply(log_f, x, h0, keep, "scan" if method == "auto" else method, block_size, floor)
+    compiles = torch.compiler.is_compiling()
+    levels = () if compiles else torch._C._functorch.get_interpreter_stack() or ()
+    # The older exporters lose writes in place and a derivative of one's own. A jvp inside a jvp loses what `jvp` saved.
+    if torch.jit.is_tracing() or sum(level.key() == torch._C._functorch.TransformType.Jvp for level in levels) > 1:
+        h = _loop(log_f, x, h0)
+        return h if keep is None else _hold(h, h0, keep)
+    function = _Pool if compiles else _PoolForwardMode
+    return function.apply(log_f, x, h0, keep, "scan" if method == "auto" else method, size, floor)
 
 
-def _hold(h: Tensor, h0: Tensor, keep: Tensor | None) -> Tensor:
+def _hold(h: Tensor, h0: Tensor, keep: Tensor) -> Tensor:
     """Repeat the state before, to the bit, where `keep`: a scan comes to each step on a path of its own."""
-    if keep is None:
-        return h
     step = torch.arange(1, h.shape[1] + 1, device=h.device).unsqueeze(1)  # (T, 1)
     moved = torch.where(keep, 0, step).cummax(dim=1).values  # (B, T, H or 1), the last step that did, 0 if none
     return torch.cat([h0.unsqueeze(1), h], dim=1).take_along_dim(moved, dim=1)
 
 
 class ShapeError(ValueError, RuntimeError):
-    """Tensors that do not fit, in shape, dtype or device. A RuntimeError too, which PyTorch's own layers raise then."""
+    """Say that a tensor does not fit, in shape, dtype or device: a RuntimeError too, as PyTorch's own layers raise."""
 
 
 def expect(holds: bool, name: str, given: object, expected: str, error: type[Exception] = ValueError) -> None:
@@ -395,6 +392,11 @@ def check_size(name: str, given: int, least: int = 1) -> int:
     expect(isinstance(given, Integral) and not isinstance(given, bool), name, given, "a whole number", TypeError)
     expect(given >= least, name, given, f"a whole number of at least {least}")
     return int(given)
+
+
+def check_flag(name: str, flag: bool) -> bool:  # also NumPy's, called bool_ before its version 2
+    expect(type(flag).__name__ in ("bool", "bool_", "int") and flag in (0, 1), name, flag, "True or False", TypeError)
+    return bool(flag)
 
 
 def check_probability(name: str, given: float) -> float:
@@ -412,7 +414,7 @@ def check_tensor(
         what, error = (f"shape {sizes}", ShapeError) if dense else (type(given).__name__, TypeError)
         raise error(f"{name}: {what} given, a dense tensor ({', '.join(map(str, shape))}) expected")
     if not (given.dtype in dtypes if dtypes else given.is_floating_point()):
-        wanted = " or ".join(map(str, dtypes)) or "a floating dtype"
+        wanted = " or ".join(map(str, dict.fromkeys(dtypes))) or "a floating dtype"
         raise ShapeError(f"{name}: dtype {given.dtype} given, {wanted} expected; convert it by .to(dtype)")
     if device not in (None, given.device):
         raise ShapeError(f"{name}: device {given.device} given, {device} expected; move it by .to(device)")
@@ -437,14 +439,12 @@ def _checked(method: str, block_size: int, check: bool, arrays: dict[str, Tensor
     expect(str(method) in ("auto", *METHODS), "method", method, f"auto or one of {', '.join(METHODS)}")
     check_size("block_size", block_size)
     check_tensor("log_f", log_f := arrays["log_f"], ("B", "T", "H"))
+    arrays = arrays | {"h0": log_f.new_zeros(log_f.shape[::2]) if h0 is None else h0}  # (B, H)
     for name, array in arrays.items():
-        check_tensor(name, array, log_f.shape, log_f.device, log_f.dtype)
-    h0 = log_f.new_zeros(log_f.shape[0], log_f.shape[2]) if h0 is None else h0
-    check_tensor("h0", h0, (log_f.shape[0], log_f.shape[2]), log_f.device, log_f.dtype)
-    for name, array in (arrays | {"h0": h0}).items() if check else ():
+        check_tensor(name, array, log_f.shape[::2] if name == "h0" else log_f.shape, log_f.device, log_f.dtype)
+    for name, array in arrays.items() if check else ():
         legal = array <= 0 if name in ("log_f", "log_i") else array < math.inf if name == "log_x" else array.isfinite()
-        if not legal.all():
-            where = tuple((~legal).nonzero()[0].tolist())
+        for where in map(tuple, (~legal).nonzero()[:1].tolist()):
             legal_text = "numbers <= 0 or -inf" if name in ("log_f", "log_i") else "numbers, no NaN and no +inf,"
             raise ValueError(f"{name}: {array[where].item()} given at {where}, {legal_text} expected")
-    return [array.to(torch.promote_types(array.dtype, torch.float32)) for array in (*arrays.values(), h0)]
+    return [array.to(torch.promote_types(array.dtype, torch.float32)) for array in arrays.values()]

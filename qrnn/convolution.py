@@ -13,7 +13,8 @@ With a kernel of width 3 both outputs see b and c, and F(2,3) takes four product
     y_odd  = W0 b + W1 c + W2 d = W2 (d - b) + P (b + c) - M (c - b)        M = (W0 - W1 + W2) / 2
 
 An output meets no input that it should not see, so the future cannot leak into it, not even as rounding. (It would with
-F(3,2).) The gradients have the same form.
+F(3,2).) The gradients have the same form. The sums of neighbours have a limit: an input of inf, or near the largest
+float, makes its sequence NaN where the one product may give inf, and saturated gates.
 
 Arrays have time first: x is (T, B, F) and `window`, the K - 1 inputs before it, (K - 1, B, F). A piece is a slice of
 the steps, and its projection is (n, B, rows of the weight). All pieces but the last have an even number of steps. The
@@ -38,7 +39,7 @@ def even_and_odd(array: Tensor) -> Halves:
 
 
 class Taps:
-    """One product, of the K inputs that an output sees, side by side."""
+    """Convolve by one product, of the K inputs that an output sees, side by side."""
 
     split = split_states = staticmethod(even_and_odd)
 
@@ -103,7 +104,7 @@ class Taps:
 
 
 class ShortFilter:
-    """F(2,2) or F(2,3). A buffer has the odd steps first, then the even ones.
+    """Convolve by F(2,2) or F(2,3). A buffer has the odd steps first, then the even ones.
 
     The inputs of a pair of outputs are numbered 0 to K. The first products are shared, then come that of the even
     output alone and that of the odd one alone. M has another sign in the odd output.

@@ -11,9 +11,9 @@ Four ideas, each with its rule:
    weights anew, so there are PIECE_ROWS rows at least, and in bfloat16, where packing weighs more, HALF_PIECE numbers.
    The window before the inputs is read where it is: nothing is copied to stand before them. Rule: always.
 3. Few passes over memory. Gates are computed in place, in the buffer of the projection. The backward pass needs these
-   values alone, so they are what is kept; without gradients, no more than a piece is. Signs and factors are such that
-   one sigmoid serves all blocks, tanh included, 2 sigmoid(2a) - 1. They are multiplied into the weight or into the
-   projection, whichever has fewer numbers. Rule: always.
+   values alone, so they are what is kept; without gradients, no more than a piece is. One sigmoid serves all gates: the
+   sign that makes g of f (idea 4) is multiplied into the weight or into the projection, whichever has fewer numbers.
+   Rule: always. No sigmoid serves the candidate: tanh as 2 sigmoid(2a) - 1 has lost the digits of a small one.
 4. 1 - f instead of f. A gate near 1 has lost the digits of 1 - f in float32, and the errors of T steps add up. The gate
    g = 1 - f = sigmoid(-a) has them all, and two steps are joined by 1 - f f' = g + (1 - g) g'. Where f is near 0, it is
    exact to 6e-8 of the state that it lets through. Rule: always. The scan halves the number of steps until no more than
@@ -25,7 +25,6 @@ Where the plain layer takes over: see `FastQRNNLayer`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple
@@ -49,11 +48,10 @@ sigmoid_backward = aten.sigmoid_backward.grad_input  # an overload by name is fo
 
 
 class _Activation(NamedTuple):
-    """An activation in place, and its backward pass from its value."""
+    """Hold an activation in place, and its backward pass from its value."""
 
-    forward_: Callable[[Tensor], object]  # (pre-activation, or with a `factor` its sigmoid) -> None
+    forward_: Callable[[Tensor], object]  # (pre-activation) -> None
     backward: Callable[[Tensor, Tensor, Tensor], object]  # (gradient of the value, value, out) -> None
-    factor: int | None = None  # of the pre-activation in a sigmoid that gives the activation
 
 
 def _softplus_backward(grad: Tensor, z: Tensor, out: Tensor) -> None:
@@ -61,7 +59,8 @@ def _softplus_backward(grad: Tensor, z: Tensor, out: Tensor) -> None:
 
 
 def _shifted_softplus(a: Tensor) -> None:
-    aten.softplus.out(a.mul_(2), 1, 20, out=a).sub_(math.log(2))
+    shift = a.abs().tanh_().log1p_()  # see `qrnn_layer`
+    a.relu_().mul_(2).sub_(shift)
 
 
 def _shifted_softplus_backward(grad: Tensor, z: Tensor, out: Tensor) -> None:
@@ -73,11 +72,9 @@ ACTIVATIONS = {
     "shifted_softplus": _Activation(_shifted_softplus, _shifted_softplus_backward),
     "elu": _Activation(F.elu_, lambda grad, z, out: aten.elu_backward(grad, 1, 1, 1, True, z, grad_input=out)),
     "exp": _Activation(torch.exp_, lambda grad, z, out: torch.mul(grad, z, out=out)),
-    "sigmoid": _Activation(lambda s: None, lambda grad, z, out: sigmoid_backward(grad, z, grad_input=out), 1),
+    "sigmoid": _Activation(torch.sigmoid_, lambda grad, z, out: sigmoid_backward(grad, z, grad_input=out)),
     "relu": _Activation(torch.relu_, lambda grad, z, out: aten.threshold_backward(grad, z, 0, grad_input=out)),
-    "tanh": _Activation(  # 2 sigmoid(2a) - 1
-        lambda s: s.mul_(2).sub_(1), lambda grad, z, out: aten.tanh_backward.grad_input(grad, z, grad_input=out), 2
-    ),
+    "tanh": _Activation(torch.tanh_, lambda grad, z, out: aten.tanh_backward.grad_input(grad, z, grad_input=out)),
     "identity": _Activation(lambda a: None, lambda grad, z, out: out.copy_(grad)),
 }
 
@@ -168,14 +165,14 @@ class _Setting(NamedTuple):
     def activation(self) -> _Activation:
         return ACTIVATIONS[self.layer.activation]
 
-    def factors(self, dtype: torch.dtype) -> Tensor:
+    def signs(self, dtype: torch.dtype) -> Tensor:
         """Return what the numbers of a step of the projection are multiplied by, (rows,), see `_activate`."""
-        return _factors(self.mode, self.activation.factor or 1, self.layer.hidden_size, dtype)
+        return _signs(self.mode, self.layer.hidden_size, dtype)
 
 
 @lru_cache(64)
-def _factors(mode: str, factor: int, width: int, dtype: torch.dtype) -> Tensor:
-    blocks = [factor, -1, 1, 1][: MODES[mode]]  # 1 - f = sigmoid(-a)
+def _signs(mode: str, width: int, dtype: torch.dtype) -> Tensor:
+    blocks = [1, -1, 1, 1][: MODES[mode]]  # 1 - f = sigmoid(-a)
     return torch.tensor(blocks, dtype=dtype, device="cpu").repeat_interleave(width)
 
 
@@ -193,9 +190,9 @@ def _blocks(y: Tensor, mode: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _activate(y: Tensor, setting: _Setting) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Turn the projection, times `factors`, into candidates and gates, in place, and return `_blocks` of it."""
+    """Turn the projection, times `signs`, into candidates and gates, in place, and return `_blocks` of it."""
     blocks = _blocks(y, setting.mode)
-    (y if setting.activation.factor else y[..., blocks[0].shape[-1] :]).sigmoid_()
+    y[..., blocks[0].shape[-1] :].sigmoid_()
     setting.activation.forward_(blocks[0])
     return blocks
 
@@ -214,10 +211,10 @@ def _forward(
     the gates, (n, B, MODES*H), and the states with the one before, (n + 1, B, H).
     """
     (batch, width), (steps, rows) = c0.shape, (len(x), len(weight))
-    pieces, factors = _pieces(steps, batch, rows, setting.dtype), setting.factors(weight.dtype)
-    scaled_before = weight.numel() < steps * batch * rows
-    if scaled_before:
-        weight, bias = weight * factors.unsqueeze(1), None if bias is None else bias * factors
+    pieces, signs = _pieces(steps, batch, rows, setting.dtype), setting.signs(weight.dtype)
+    signed_before = weight.numel() < steps * batch * rows
+    if signed_before:
+        weight, bias = weight * signs.unsqueeze(1), None if bias is None else bias * signs
     convolves = convolution(window, x, weight, bias, setting.dtype, pieces[0].stop)
     gates: list[Tensor] = []
     states: list[Tensor] = []
@@ -229,8 +226,8 @@ def _forward(
             states.append(c0.new_empty(length + 1, batch, width))
         y, c = gates[-1][:length], states[-1][: length + 1]
         convolves.project(piece, y)
-        if not scaled_before:
-            y *= factors
+        if not signed_before:
+            y *= signs
         z, g, i, o = map(convolves.split, _activate(y, setting))
         if keep is not None:
             for halves in (g, i) if setting.mode == "ifo" else (g,):
@@ -260,10 +257,19 @@ def _last(states: Halves) -> Tensor:
 
 
 class _Layer(torch.autograd.Function):
-    """`_forward` and its derivative: h and the last c."""
+    """Return h and the last c of `_forward`, with their derivatives."""
 
     @staticmethod
-    def forward(ctx, window, x, c0, keep, weight, bias, setting):
+    def forward(
+        ctx,
+        window: Tensor,
+        x: Tensor,
+        c0: Tensor,
+        keep: Tensor | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        setting: _Setting,
+    ) -> tuple[Tensor, Tensor]:
         h, c_last, gates, states = _forward(window, x, c0, keep, weight, bias, setting, saves=True)
         ctx.save_for_backward(window, x, c0, keep, weight, bias, *gates, *states)
         ctx.setting = setting
@@ -272,11 +278,11 @@ class _Layer(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, h_grad: Tensor | None, c_grad: Tensor | None):
-        window, x, c0, _, weight, bias, *saved = ctx.saved_tensors
+        window, x, c0, keep, weight, bias, *saved = ctx.saved_tensors  # once: a checkpoint gives them no second time
         given = [grad for grad in (h_grad, c_grad) if grad is not None]
         batched = any(torch._C._functorch.is_legacy_batchedtensor(grad) for grad in given)  # by is_grads_batched=True
         if torch.is_grad_enabled() or batched:  # second and many derivatives are those of the definition
-            return *_gradients_of_definition(ctx, h_grad, c_grad), None
+            return *_gradients_of_definition(ctx, (window, x, c0, keep, weight, bias), h_grad, c_grad), None
         setting, (batch, width), rows = ctx.setting, c0.shape, len(weight)
         pieces = _pieces(len(x), batch, rows, setting.dtype)
         convolves = convolution(window, x, weight, bias, setting.dtype, pieces[0].stop)
@@ -325,7 +331,15 @@ class _Layer(torch.autograd.Function):
         return window_grad, x_grad, carried, None, weight_grad.to(weight.dtype), to_bias, None
 
 
-def _definition(window, x, c0, keep, weight, bias, setting) -> tuple[Tensor, Tensor]:
+def _definition(
+    window: Tensor,
+    x: Tensor,
+    c0: Tensor,
+    keep: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    setting: _Setting,
+) -> tuple[Tensor, Tensor]:
     """Return what `_Layer` does, by the operations of the plain layer."""
     seen = torch.cat([window, x])
     taps = torch.cat([seen[k : k + len(x)] for k in range(len(window) + 1)], dim=2)
@@ -334,26 +348,27 @@ def _definition(window, x, c0, keep, weight, bias, setting) -> tuple[Tensor, Ten
     return (c if o is None else o * c).to(setting.dtype).transpose(0, 1), c[:, -1]
 
 
-def _gradients_of_definition(ctx, *grads: Tensor | None) -> list[Tensor | None]:
+def _gradients_of_definition(ctx, given: tuple, *grads: Tensor | None) -> list[Tensor | None]:
     """Return the gradients of window, x, c0, keep, weight and bias as functions that have derivatives themselves."""
-    needs, create_graph = ctx.needs_input_grad[:6], torch.is_grad_enabled()
+    needs, create_graph = ctx.needs_input_grad[: len(given)], torch.is_grad_enabled()
     with torch.enable_grad():
         # Aliases, because one may be a function of another: the input of a second layer with the same weight.
-        inputs = [a.view_as(a) if needed else a for a, needed in zip(ctx.saved_tensors[:6], needs, strict=True)]
+        inputs = [a.view_as(a) if needed else a for a, needed in zip(given, needs, strict=True)]
         outputs = _definition(*inputs, ctx.setting)  # type: ignore[call-arg]
     wanted = [a for a, needed in zip(inputs, needs, strict=True) if needed]
-    given = [(h, grad) for h, grad in zip(outputs, grads, strict=True) if grad is not None]
-    outputs, grads = zip(*given, strict=True)
+    pairs = [(h, grad) for h, grad in zip(outputs, grads, strict=True) if grad is not None]
+    outputs, grads = zip(*pairs, strict=True)
     found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=create_graph))
     return [next(found) if needed else None for needed in needs]
 
 
 class FastQRNNLayer(QRNNLayer):
-    """`QRNNLayer`, faster on a CPU; arguments, parameters and numbers are the same.
+    """Do what `QRNNLayer` does, faster on a CPU; arguments, parameters and numbers are the same.
 
     The plain layer computes what this one cannot or need not: other devices, float16, methods other than "scan" (or
     "auto"), no steps or no sequences, forward-mode derivatives, `torch.func`, `torch.compile`, `torch.export`, tracing.
-    Second derivatives are those of the plain layer.
+    Second derivatives are those of the plain layer. Where `qrnn.convolution` takes its short filter, an input of inf or
+    near the largest float makes its sequence NaN; the plain layer saturates.
     """
 
     def _run(self, window: Tensor, x: Tensor, c0: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -382,7 +397,7 @@ class FastQRNNLayer(QRNNLayer):
             weight, bias = weight.to(setting.dtype), None if bias is None else bias.to(setting.dtype)
         seen = torch.cat([window, x], dim=1) if window.shape[1] else x
         y = F.linear(seen.flatten(1).to(setting.dtype), weight, bias).to(c0.dtype)
-        z, g, i, o = _activate(y.mul_(setting.factors(y.dtype)), setting)
+        z, g, i, o = _activate(y.mul_(setting.signs(y.dtype)), setting)
         c = torch.lerp(c0, z, g) if self.mode != "ifo" else torch.addcmul(c0, g, c0, value=-1).addcmul_(i, z)
         if keep is not None:
             c = torch.where(keep[:, 0], c0, c)
@@ -395,7 +410,6 @@ class FastQRNNLayer(QRNNLayer):
             and x.device.type == "cpu"
             and dtype in (torch.float32, torch.float64, torch.bfloat16)
             and self.method in ("auto", "scan")
-            and self.activation in ACTIVATIONS
             and x.shape[0] > 0
             and x.shape[1] > 0
             and not torch.compiler.is_compiling()

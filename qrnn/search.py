@@ -1,4 +1,4 @@
-"""Greedy and beam search for any model with the methods `start` and `step` of `QRNNSeq2Seq`."""
+"""Beam search for any model with the methods `start` and `step` of `QRNNSeq2Seq`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from qrnn_layer import check_size, expect
 
 
 class SearchModel(Protocol):
-    """What a search needs of an nn.Module: `start` and `step` as in `QRNNSeq2Seq`, a state with `index_select`."""
+    """Name what a search needs of an nn.Module: `start` and `step` as in `QRNNSeq2Seq`, a state with `index_select`."""
 
     def modules(self) -> Iterator[nn.Module]: ...
 
@@ -28,7 +28,7 @@ class SearchModel(Protocol):
 
 
 class Hypothesis(NamedTuple):
-    """A target that was found, on the CPU.
+    """Hold a target that was found, on the CPU.
 
     Attributes:
         tokens: (n,) int64, without bos and eos.
@@ -42,15 +42,6 @@ class Hypothesis(NamedTuple):
     attention: Tensor | None
 
 
-def greedy_search(
-    model: SearchModel, source: Tensor, source_lengths: Tensor, *, bos: int, eos: int, max_length: int
-) -> list[Hypothesis]:
-    """The likeliest token at each step: a beam search of size 1 without a penalty, see there."""
-    return beam_search(
-        model, source, source_lengths, bos=bos, eos=eos, beam_size=1, length_penalty=0.0, max_length=max_length
-    )
-
-
 def beam_search(
     model: SearchModel,
     source: Tensor,
@@ -62,12 +53,13 @@ def beam_search(
     length_penalty: float = 0.6,
     max_length: int,
 ) -> list[Hypothesis]:
-    """The best target of each source that a beam search finds, in evaluation mode and without gradients.
+    """Find the best target of each source by a beam search, in evaluation mode and without gradients.
 
     Hypotheses end where eos is among the `beam_size` best continuations of a sentence, and `beam_size` others go on.
     Those that ended are ranked by their log-probability over the length penalty of Wu et al. 2016 (arXiv 1609.08144,
     eq. 14), ((5 + length) / 6) ** length_penalty, where eos counts as a token. A sentence is finished, and leaves the
-    batch, when none that goes on could still become better than the best that ended.
+    batch, when none that goes on could still become better than the best that ended. With a `beam_size` of 1 and a
+    `length_penalty` of 0 it is a greedy search: the likeliest token at each step.
 
     Args:
         model: any module with `start` and `step`; each step is one call for all hypotheses of all sentences.
@@ -82,8 +74,9 @@ def beam_search(
         the best hypothesis of each of the B sentences.
 
     Raises:
-        TypeError: a size that is no whole number.
-        ValueError: an argument out of range, or a model that gives no target a finite log-probability (NaN).
+        TypeError: if a size is no whole number.
+        ValueError: if an argument is out of range, if the model knows a single token, or if it gives no target a finite
+            log-probability (NaN).
     """
     beam_size, max_length = check_size("beam_size", beam_size), check_size("max_length", max_length)
     for name, token in (("bos", bos), ("eos", eos)):
@@ -104,7 +97,7 @@ def beam_search(
         trail = torch.zeros(len(prefixes), 0, source.shape[1], device=source.device)  # (N * beams, step, S), alpha
         log_p = torch.zeros(len(source), beam_size, device=source.device)  # (N, beams), of the prefixes
         log_p[:, 1:] = -torch.inf  # at first all are the same, and one is enough
-        best = log_p.new_full((len(source),), -torch.inf)  # (N,), of what is found
+        best = log_p.new_full((len(source),), -torch.inf, dtype=torch.float64)  # (N,), scores of what is found
         found: list[Hypothesis | None] = [None] * len(source)
 
         for step in range(max_length + 1):
@@ -119,7 +112,8 @@ def beam_search(
             top, rows, tokens = _continuations(totals, 2 * beam_size)  # (N, 2 * beams), best first
             ended = tokens == eos  # half of them at most, one a prefix: `beam_size` others are left
 
-            score, place = (top.masked_fill(~ended, -torch.inf)[:, :beam_size] / penalty(step + 1)).max(dim=1)
+            likeliest, place = top.masked_fill(~ended, -torch.inf)[:, :beam_size].max(dim=1)
+            score = likeliest.double() / penalty(step + 1)  # in float32 a large penalty leaves 0
             for n in (score > best).nonzero().flatten().tolist():
                 sentence, row = int(sentences[n]), int(rows[n, place[n]])
                 seen = None if attention is None else trail[row, :, : lengths[sentence]].cpu()
@@ -128,7 +122,7 @@ def beam_search(
 
             log_p, place = top.masked_fill(ended, -torch.inf).topk(beam_size)  # (N, beams)
             # a log-probability only falls and the penalty only grows: no hypothesis can reach more than this
-            going_on = log_p[:, 0] / penalty(max_length + 1) > best
+            going_on = log_p[:, 0].double() / penalty(max_length + 1) > best
             if not going_on.any():
                 break
             sentences, best, log_p = sentences[going_on], best[going_on], log_p[going_on]
@@ -143,7 +137,7 @@ def beam_search(
 
 @contextmanager
 def _evaluation(model: SearchModel) -> Iterator[None]:
-    """Evaluation mode and no gradients; afterwards every module is in the mode that it was in."""
+    """Switch to evaluation mode and no gradients; afterwards every module is in the mode that it was in."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -155,8 +149,10 @@ def _evaluation(model: SearchModel) -> Iterator[None]:
 
 
 def _log_softmax(logits: Tensor, eos: int, force_eos: bool) -> Tensor:
-    """Log-probabilities of the next token, (rows, V), at least float32; only that of eos with `force_eos`."""
+    """Return log-probabilities of the next token, (rows, V), at least float32; only that of eos with `force_eos`."""
     vocabulary = logits.shape[1]
+    if vocabulary < 2:
+        raise ValueError(f"model: logits of {vocabulary} token given, 2 or more expected: eos and another")
     if not 0 <= eos < vocabulary:
         raise ValueError(f"eos: {eos!r} given, a token from 0 to {vocabulary - 1} expected")
     log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(dim=1)
@@ -165,7 +161,7 @@ def _log_softmax(logits: Tensor, eos: int, force_eos: bool) -> Tensor:
 
 
 def _continuations(totals: Tensor, number: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The best continuations of each sentence, from the log-probabilities (N, beams, V) of all.
+    """Find the best continuations of each sentence, from the log-probabilities (N, beams, V) of all.
 
     Returns three (N, number), best first: log-probabilities, the rows of the prefixes, of N * beams, and the tokens.
     """

@@ -22,7 +22,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qrnn.fast import FastQRNNLayer
-from qrnn_layer import MODES, QRNNLayer, QRNNState, check_lengths, check_probability, check_size, check_tensor, expect
+from qrnn_layer import (
+    MODES,
+    QRNNLayer,
+    QRNNState,
+    check_flag,
+    check_lengths,
+    check_probability,
+    check_size,
+    check_tensor,
+    expect,
+)
 
 WHOLE = (torch.int64, torch.int32)  # dtypes of tokens and lengths
 
@@ -30,7 +40,7 @@ WHOLE = (torch.int64, torch.int32)  # dtypes of tokens and lengths
 
 
 class CentredLayer(FastQRNNLayer):
-    """An encoder's layer that sees ahead: step t sees the inputs t - K // 2 ... t + (K - 1) // 2.
+    """Run a layer of an encoder, which sees ahead: step t sees the inputs t - K // 2 ... t + (K - 1) // 2.
 
     It takes no state, since it must be given whole sequences.
     """
@@ -49,7 +59,7 @@ class CentredLayer(FastQRNNLayer):
 
 
 class DecoderLayer(QRNNLayer):
-    """A decoder's layer, which is told of another sequence and shows its cells before the output gate."""
+    """Run a layer of a decoder, which is told of another sequence and shows its cells before the output gate."""
 
     def cells(self, x: Tensor, state: QRNNState, condition: Tensor) -> tuple[Tensor, Tensor, QRNNState]:
         """Return c and o, (B, T, H) each, at least float32, and the state after the last step.
@@ -74,7 +84,7 @@ Layer = TypeVar("Layer", bound=QRNNLayer)
 
 
 class Seq2SeqState(NamedTuple):
-    """Everything the decoder knows: of the source, and of the target so far.
+    """Hold everything that the decoder knows: of the source, and of the target so far.
 
     Attributes:
         layers: for each decoder layer its `QRNNState`.
@@ -89,7 +99,7 @@ class Seq2SeqState(NamedTuple):
     padding: Tensor
 
     def index_select(self, index: Tensor) -> Seq2SeqState:
-        """The state of the sequences `index`, (N,) int64, of the batch: a beam search goes on with those it keeps."""
+        """Return the state of the sequences `index`, (N,) int64: a beam search goes on with those that it keeps."""
         return Seq2SeqState(
             layers=tuple(QRNNState(*(part.index_select(0, index) for part in layer)) for layer in self.layers),
             conditions=tuple(condition.index_select(0, index) for condition in self.conditions),
@@ -99,7 +109,7 @@ class Seq2SeqState(NamedTuple):
 
 
 class QRNNSeq2Seq(nn.Module):
-    """Encoder and decoder of as many QRNN layers each; decoder layer l is told the last state of encoder layer l.
+    """Encode and decode by as many QRNN layers each; decoder layer l is told the last state of encoder layer l.
 
     >>> model = QRNNSeq2Seq(source_vocabulary=60, target_vocabulary=50, hidden_size=64, num_layers=2)
     >>> source, lengths = torch.randint(60, (8, 30)), torch.full((8,), 30)
@@ -124,8 +134,8 @@ class QRNNSeq2Seq(nn.Module):
         zoneout, activation, method, device, dtype: of each layer, see `QRNNLayer`.
 
     Raises:
-        TypeError: a size that is no whole number.
-        ValueError: an argument out of range.
+        TypeError: if a size is no whole number, or a flag no bool.
+        ValueError: if an argument is out of range.
     """
 
     def __init__(
@@ -154,6 +164,7 @@ class QRNNSeq2Seq(nn.Module):
         for name, size in sizes.items():
             check_size(name, size)
         check_probability("dropout", dropout)
+        check_flag("causal_encoder", causal_encoder)
         expect(str(mode) in ("fo", "ifo"), "mode", mode, "fo or ifo, for attention needs an output gate (eq. 8),")
         place: dict[str, Any] = {"device": device, "dtype": dtype}
         options = {"mode": mode, "zoneout": zoneout, "activation": activation, "method": method, **place}
@@ -179,7 +190,7 @@ class QRNNSeq2Seq(nn.Module):
     def forward(
         self, source: Tensor, source_lengths: Tensor | Sequence[int], target: Tensor, *, return_attention: bool = False
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Logits of the next token after each token of a known target, at all steps at once.
+        """Return logits of the next token after each token of a known target, at all steps at once.
 
         Args:
             source: (B, S) int64 tokens; those from `source_lengths` on are padding, of any content, and never seen.
@@ -194,8 +205,9 @@ class QRNNSeq2Seq(nn.Module):
             sums to 1 and is 0 where the source is padded.
 
         Raises:
-            ShapeError: tensors that do not fit; it is a ValueError and a RuntimeError.
-            ValueError: a wrong dtype, device, token or length.
+            TypeError: if an argument is no tensor.
+            ShapeError: if a tensor does not fit, in shape or dtype; it is a ValueError and a RuntimeError.
+            ValueError: if a token or a length is out of range.
         """
         state = self.start(source, source_lengths)
         check_tensor("target", target, (len(source), "T"), None, *WHOLE)
@@ -221,7 +233,7 @@ class QRNNSeq2Seq(nn.Module):
         return Seq2SeqState(layers, tuple(conditions), h, padding)
 
     def step(self, tokens: Tensor, state: Seq2SeqState) -> tuple[Tensor, Seq2SeqState, Tensor]:
-        """One step of a generation: what `forward` does, a token at a time.
+        """Run one step of a generation: what `forward` does, a token at a time.
 
         Args:
             tokens: (B,) int64, the last token of each target so far; bos at first.
@@ -231,7 +243,7 @@ class QRNNSeq2Seq(nn.Module):
             logits of the next token, (B, target_vocabulary), the state after the step and alpha, (B, S).
 
         Raises:
-            ShapeError, ValueError: as `forward`.
+            TypeError, ShapeError, ValueError: if `forward` would raise them.
         """
         check_tensor("tokens", tokens, (len(state.keys),), None, *WHOLE)
         _check_range("tokens", tokens, 0, self.target_embedding.num_embeddings - 1)
@@ -239,7 +251,7 @@ class QRNNSeq2Seq(nn.Module):
         return logits.squeeze(1), state, attention.squeeze(1)
 
     def _decode(self, target: Tensor, state: Seq2SeqState) -> tuple[Tensor, Seq2SeqState, Tensor]:
-        """The next steps of the target, (B, T): logits (B, T, V), the state after them, alpha (B, T, S)."""
+        """Decode the next steps of the target, (B, T): logits (B, T, V), the state after them, alpha (B, T, S)."""
         h = self.target_embedding(target)  # (B, T, E)
         states: list[QRNNState] = []
         for layer, before, condition in zip(self.decoder, state.layers, state.conditions, strict=True):
@@ -253,7 +265,7 @@ class QRNNSeq2Seq(nn.Module):
 
 
 def attend(c: Tensor, keys: Tensor, padding: Tensor) -> tuple[Tensor, Tensor]:
-    """alpha_st = softmax_s(c_t . h~_s) and k_t = sum_s alpha_st h~_s (eq. 8).
+    """Attend: alpha_st = softmax_s(c_t . h~_s) and k_t = sum_s alpha_st h~_s (eq. 8).
 
     Args:
         c: (B, T, H), the decoder's cell states before their output gate.

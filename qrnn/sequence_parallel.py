@@ -17,13 +17,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from qrnn_layer import pool, signed_pool
+from qrnn_layer import _checked, pool, signed_pool
 
 
 def sequence_parallel_pool(
@@ -34,7 +33,7 @@ def sequence_parallel_pool(
     group: dist.ProcessGroup | None = None,
     method: str = "auto",
 ) -> Tensor:
-    """`pool` of a sequence whose steps are spread over the ranks of a group, in the order of the ranks.
+    """Pool, as `pool` does, a sequence whose steps are spread over the ranks of a group, in their order.
 
     A collective: every rank of the group calls it, and every rank runs backward through its result, or the others wait
     for ever. A rank whose loss does not use its h, as when only the last state is read, calls
@@ -56,12 +55,12 @@ def sequence_parallel_pool(
         the first rank and zero on the others: as for any replicated parameter, the sum over the ranks is right.
 
     Raises:
-        ValueError: as `pool`, before anything is exchanged; no process group; a group without this process.
-        NotImplementedError: by a backward pass with `create_graph=True`.
+        TypeError, ValueError: as `pool`, before anything is exchanged.
+        ValueError: if there is no process group, or if the group is without this process.
+        NotImplementedError: if a backward pass has `create_graph=True`.
     """
-    dtype = _common_dtype(log_f, log_x, h0)
-    log_f, log_x, h0 = _at_least_float32(log_f, log_x, h0)
-    return _pool_shard(partial(pool, log_f, log_x, method=method), log_f, h0, group, method).to(dtype)
+    f, x, state = _checked(method, 64, False, {"log_f": log_f, "log_x": log_x}, h0)
+    return _pool_shard(partial(pool, f, x, method=method), f, state, group, method).to(log_f.dtype)
 
 
 def sequence_parallel_signed_pool(
@@ -73,7 +72,7 @@ def sequence_parallel_signed_pool(
     group: dist.ProcessGroup | None = None,
     method: str = "auto",
 ) -> Tensor:
-    """`signed_pool` of a sequence whose steps are spread over the ranks of a group, in the order of the ranks.
+    """Pool, as `signed_pool` does, a sequence whose steps are spread over the ranks of a group, in their order.
 
     Args:
         log_f, log_i, z: (B, T_r, H), the part of this rank, as in `signed_pool`.
@@ -83,17 +82,16 @@ def sequence_parallel_signed_pool(
         h, (B, T_r, H), as `sequence_parallel_pool`, whose rules for the ranks hold here too.
 
     Raises:
-        ValueError: as `sequence_parallel_pool`.
+        TypeError, ValueError, NotImplementedError: as `sequence_parallel_pool`.
     """
-    dtype = _common_dtype(log_f, log_i, z, h0)
-    log_f, log_i, z, h0 = _at_least_float32(log_f, log_i, z, h0)
-    return _pool_shard(partial(signed_pool, log_f, log_i, z, method=method), log_f, h0, group, method).to(dtype)
+    f, i, candidates, state = _checked(method, 64, False, {"log_f": log_f, "log_i": log_i, "z": z}, h0)
+    return _pool_shard(partial(signed_pool, f, i, candidates, method=method), f, state, group, method).to(log_f.dtype)
 
 
 def _pool_shard(
     pool_from: Callable[[Tensor], Tensor],
     log_f: Tensor,
-    h0: Tensor | None,
+    h0: Tensor,
     group: dist.ProcessGroup | None,
     method: str,
 ) -> Tensor:
@@ -101,10 +99,9 @@ def _pool_shard(
     rank = dist.get_rank(group)
     if rank < 0:
         raise ValueError("group: one without this process given, one that it belongs to expected")
-    h0 = log_f.new_zeros(log_f.shape[::2]) if h0 is None else h0  # (B, H)
     with torch.no_grad():
         start = h0.detach() if rank == 0 else torch.zeros_like(h0)
-        last = _last_step(pool_from(start), start)  # raises what `pool` raises, on every rank
+        last = _last_step(pool_from(start), start)
         log_decay = log_f.sum(1, dtype=torch.float64).to(last.dtype)  # rounded once; -inf if the shard holds a reset
         log_decays, lasts = _all_gather(torch.stack([log_decay, last]), group).unbind(1)  # (P, B, H) each
         if rank > 0:
@@ -114,7 +111,7 @@ def _pool_shard(
 
 
 class _GradientOfLaterRanks(torch.autograd.Function):
-    """The identity of h; its backward pass adds to the gradient of the shard's last state what later ranks owe to it.
+    """Return h; in the backward pass, add to the gradient of the shard's last state what later ranks owe to it.
 
     With e_r = dL/d(state before shard r), all ranks counted: e_r = own_r + f_shard_r e_{r+1}, where own_r is what the
     shard's own outputs contribute. own_r is u_1 of u_t = f_t u_{t+1} + f_t g_t, a pooling backwards in time.
@@ -152,32 +149,19 @@ class _GradientOfLaterRanks(torch.autograd.Function):
 
 
 def _pool_over_ranks(log_decays: Tensor, lasts: Tensor) -> Tensor:
-    """The state after each rank's shard: one step a rank, all (P, B, H)."""
+    """Return the state after each rank's shard: one step a rank, all (P, B, H)."""
     log_decays, lasts = log_decays.transpose(0, 1), lasts.transpose(0, 1)  # (B, P, H)
     return signed_pool(log_decays, torch.zeros_like(lasts), lasts, method="scan").transpose(0, 1)
 
 
 def _last_step(h: Tensor, start: Tensor) -> Tensor:
-    """(B, T, H) and the (B, H) before it -> (B, H)."""
+    """Return the last step of h, (B, T, H), or `start`, the state before it, if there is no step: (B, H)."""
     return h[:, -1] if h.shape[1] else start
 
 
 def _all_gather(array: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """(...) on each of the P ranks -> (P, ...) on all."""
+    """Gather (...) of each of the P ranks: (P, ...) on all."""
     array = array.contiguous()  # NCCL takes no other
     gathered = [torch.empty_like(array) for _ in range(dist.get_world_size(group))]
     dist.all_gather(gathered, array, group=group)
     return torch.stack(gathered)
-
-
-def _common_dtype(*arrays: Tensor | None) -> torch.dtype:
-    """Checked before `_at_least_float32` hides a difference."""
-    dtypes = [array.dtype for array in arrays if array is not None]
-    if len(set(dtypes)) > 1 or not dtypes[0].is_floating_point:
-        raise ValueError(f"dtypes {', '.join(map(str, dtypes))} given, the same floating dtype for all expected")
-    return dtypes[0]
-
-
-def _at_least_float32(*arrays: Tensor | None) -> list[Any]:  # None stays None
-    """States of a whole sequence need it, the exchanged ones too."""
-    return [array if array is None else array.to(torch.promote_types(array.dtype, torch.float32)) for array in arrays]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from qrnn.fast import FastQRNNLayer
-from qrnn_layer import QRNNState, check_probability, check_size, check_tensor, expect
+from qrnn_layer import QRNNState, check_flag, check_probability, check_size, check_tensor, expect
 
 State = Tensor | tuple  # see `QRNN`
 Input = TypeVar("Input", Tensor, PackedSequence)
@@ -94,8 +94,6 @@ class QRNN(nn.Module):
     ) -> None:
         super().__init__()
         flags = {"bias": bias, "batch_first": batch_first, "bidirectional": bidirectional, "dense": dense}
-        for name, flag in flags.items():  # a probability of dropout, most likely, one place too early
-            expect(isinstance(flag, int) and flag in (0, 1), name, flag, "True or False", TypeError)
         expect(
             isinstance(proj_size, int) and proj_size == 0,
             "proj_size",
@@ -104,14 +102,17 @@ class QRNN(nn.Module):
         )
         self.input_size, self.hidden_size = check_size("input_size", input_size), check_size("hidden_size", hidden_size)
         self.num_layers, self.dropout = check_size("num_layers", num_layers), check_probability("dropout", dropout)
-        self.bias, self.batch_first, self.bidirectional, self.dense = (bool(flag) for flag in flags.values())
+        self.bias, self.batch_first, self.bidirectional, self.dense = (
+            check_flag(*flag)
+            for flag in flags.items()  # no flag: a probability of dropout, one place too early
+        )
         self.proj_size, self.mode = 0, mode
         if self.dropout > 0 and self.num_layers == 1:
             warnings.warn(
                 f"dropout={dropout} with num_layers=1 drops nothing: it acts on the outputs of all layers but the last",
                 stacklevel=2,
             )
-        directions = 2 if bidirectional else 1
+        directions = 2 if self.bidirectional else 1
         options: dict[str, Any] = {"activation": activation, "bias": self.bias, "method": method}
         options |= {"device": device, "dtype": dtype}
         kernel_size = check_size("kernel_size", kernel_size)  # also where a single layer does not need it
@@ -119,10 +120,10 @@ class QRNN(nn.Module):
         for _ in range(self.num_layers):
             for _ in range(directions):
                 layers.append(FastQRNNLayer(features, self.hidden_size, width, mode, zoneout, **options))
-            features, width = self.hidden_size * directions + (features if dense else 0), kernel_size
+            features, width = self.hidden_size * directions + (features if self.dense else 0), kernel_size
         self.layers: Sequence[FastQRNNLayer] = nn.ModuleList(layers)  # type: ignore[assignment]  # it cannot say of what
         widths = [layer.kernel_size for layer in layers]
-        self._windows = dense or widths[0] > 1 or max(widths) > 2  # whether the state has windows beside h and c
+        self._windows = self.dense or widths[0] > 1 or max(widths) > 2  # whether the state has windows beside h and c
         self._warned = False
 
     @property
@@ -193,7 +194,7 @@ class QRNN(nn.Module):
         return PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices), state
 
     def _stack(self, x: Tensor, state: tuple | None, lengths: Tensor | None = None) -> tuple[Tensor, State]:
-        """(B, T, F) -> (B, T, D * H), and the state; one that is given comes from `_checked_state`."""
+        """Run all layers, (B, T, F) -> (B, T, D * H); also return the state. One given comes from `_checked_state`."""
         directions = 2 if self.bidirectional else 1
         seen, last_outputs, cells, windows = x, [], [], []  # seen: what the next layer is fed with
         for layer in range(self.num_layers):
@@ -229,9 +230,15 @@ class QRNN(nn.Module):
         return F.dropout(last, self.dropout, self.training).to(x.dtype).unsqueeze(1)
 
     def _checked_state(self, hx: State | None, x: Tensor, batched: bool = True) -> tuple | None:
-        """Return hx as (h, c, windows) with a batch; windows is None where those of zeros, or h, take their place."""
+        """Check the input too, x, (B, T, F). Return hx as (h, c, windows) with a batch.
+
+        windows is None where those of zeros, or h, take their place.
+        """
+        autocasts = not self.layers[0].check_x(x, "input")
         if hx is None:
             return None
+        exact = torch.promote_types(x.dtype, torch.float32)
+        dtypes = (exact, torch.bfloat16, torch.float16) if autocasts else (exact, x.dtype)
         batch = (x.shape[0],) if batched else ()
         shape = (len(self.layers), *batch, self.hidden_size)
         wanted = f"{'a tensor h' if self.mode == 'f' else '(h, c)'} of shape {shape}"
@@ -243,19 +250,20 @@ class QRNN(nn.Module):
             expect(self.mode != "f", "hx", type(hx), wanted, TypeError)
         expect(isinstance(hx, tuple | list) and len(hx) in (2, 3), "hx", type(hx), wanted, TypeError)
         h, c, *windows = hx
-        check_tensor("hx[0] (h)", h, shape, x.device)
-        check_tensor("hx[1] (c)", c, shape, x.device)
+        check_tensor("hx[0] (h)", h, shape, x.device, *dtypes)
+        check_tensor("hx[1] (c)", c, shape, x.device, *dtypes)
         if windows:
             expect(self._windows, "hx", "a state of three parts", wanted, TypeError)
             (windows,) = windows
             expect(isinstance(windows, tuple | list), "hx[2] (window)", type(windows), "a tuple of tensors", TypeError)
             expect(len(windows) == len(self.layers), "hx[2] (window)", len(windows), f"{len(self.layers)} tensors")
             for layer, window in zip(self.layers, windows, strict=True):
-                check_tensor("hx[2] (window)", window, (layer.kernel_size - 1, *batch, layer.input_size), x.device)
+                wanted_shape = layer.kernel_size - 1, *batch, layer.input_size
+                check_tensor("hx[2] (window)", window, wanted_shape, x.device, *dtypes)
         elif self._windows:
             self._warn_of_windows(h, c)
             windows = [x.new_zeros(layer.kernel_size - 1, *batch, layer.input_size) for layer in self.layers]
-        state = h, c.to(torch.promote_types(c.dtype, torch.float32)), tuple(windows) or None
+        state = h, c.to(exact), tuple(window.to(x.dtype) for window in windows) or None
         return state if batched else _map(lambda part: part.unsqueeze(1), state)
 
     def _warn_of_windows(self, h: Tensor, c: Tensor) -> None:

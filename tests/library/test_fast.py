@@ -1,9 +1,12 @@
 """The fast layer against the plain one: the same numbers, for every mode, and nothing from the future."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import qrnn_layer
 from qrnn import convolution, fast
@@ -87,6 +90,20 @@ def test_candidates_at_both_ends_of_their_range(activation):
     with torch.no_grad():
         layer.bias[:HIDDEN] = torch.tensor([-100, -10, 0, 10, 100])
     assert_same(layer, *drawn(layer, 20))
+
+
+@pytest.mark.parametrize("steps", [1, 40])
+@pytest.mark.parametrize("activation", ["tanh", "shifted_softplus", "elu", "identity"])
+def test_small_candidates_keep_their_digits(activation, steps):
+    layer = built(activation=activation, bias=False, dtype=torch.float32)
+    seen, c0 = drawn(layer, steps)
+    seen, c0 = seen.detach() * 1e-6, torch.zeros_like(c0)
+    for differentiates in (False, True):
+        layer.requires_grad_(differentiates)
+        exact = plain(copy.deepcopy(layer).double(), seen.double(), c0.double())[0]
+        for run in (plain, run_layer):
+            error = (run(layer, seen, c0)[0].double() - exact).norm() / exact.norm()
+            assert error < 5e-7, (run, differentiates)
 
 
 def test_both_layers_have_the_same_activations():
@@ -318,6 +335,27 @@ def test_many_derivatives_at_once(mode):
     found = torch.autograd.functional.jacobian(run, (seen, c0), vectorize=True)
     for mine, theirs in zip(found, torch.autograd.functional.jacobian(run, (seen, c0)), strict=True):
         torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_second_and_many_derivatives_of_a_checkpoint(batched):
+    """A checkpoint gives each saved tensor once, and those of its recomputation stand for it."""
+    layer = built()
+    seen, c0 = drawn(layer, 6)
+
+    def derivatives(run) -> list[Tensor]:
+        h = run(seen, c0)
+        if batched:
+            weights = torch.stack([torch.ones_like(h), h.detach()])
+            return list(torch.autograd.grad(h, [seen, c0], weights, is_grads_batched=True))
+        first = torch.autograd.grad(h.sin().sum(), [seen, layer.weight], create_graph=True)
+        return list(torch.autograd.grad(sum(grad.square().sum() for grad in first), [seen, c0, layer.weight]))
+
+    def run(seen: Tensor, c0: Tensor) -> Tensor:
+        return run_layer(layer, seen, c0)[0]
+
+    found = derivatives(lambda *inputs: checkpoint(run, *inputs, use_reentrant=False))
+    torch.testing.assert_close(found, derivatives(run), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("mode", ["f", "fo", "ifo"])

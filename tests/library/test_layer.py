@@ -4,6 +4,7 @@ import copy
 import io
 import math
 import pickle
+from decimal import Decimal, getcontext
 
 import numpy as np
 import pytest
@@ -63,6 +64,27 @@ def test_method_does_not_matter(mode, activation, method):
     layer = QRNNLayer(4, 6, mode=mode, activation=activation, method=method)
     x = torch.randn(3, 40, 4)
     torch.testing.assert_close(layer(x)[0].double(), reference_layer(layer, x)[0], rtol=1e-4, atol=1e-5)
+
+
+def test_shifted_softplus_and_its_derivatives_keep_their_digits():
+    """Check against a reference of 50 digits: the values span what has small digits, 0 and both ends."""
+    getcontext().prec = 50
+    values = [0.0, *(sign * size for size in (1e-30, 1e-6, 1e-3, 0.1, 0.5, 1, 3, 10, 44, 100, 3e4) for sign in (-1, 1))]
+    for dtype in (torch.float32, torch.float64):
+        eps = torch.finfo(dtype).eps
+        a = torch.tensor(values, dtype=dtype, requires_grad=True)
+        found = ACTIVATIONS["shifted_softplus"](a)
+        (first,) = torch.autograd.grad(found.sum(), a, create_graph=True)
+        (second,) = torch.autograd.grad(first.sum(), a)
+        for x, z, slope, bend in zip(*(array.tolist() for array in (a, found, first, second)), strict=True):
+            power = (-2 * abs(Decimal(x))).exp()  # exp(-2|a|)
+            sigmoid = (1 if x > 0 else power) / (1 + power)
+            exact = max(2 * Decimal(x), Decimal(0)) + ((1 + power) / 2).ln()
+            assert abs(Decimal(z) - exact) <= 4 * eps * float(abs(exact)), x
+            assert abs(slope - 2 * float(sigmoid)) <= 4 * eps, x
+            assert abs(bend - 4 * float(sigmoid * (1 - sigmoid))) <= 8 * eps, x
+    limits = ACTIVATIONS["shifted_softplus"](torch.tensor([-math.inf, math.inf, math.nan]))
+    torch.testing.assert_close(limits, torch.tensor([-math.log(2), math.inf, math.nan]), equal_nan=True)
 
 
 @pytest.mark.parametrize("gate", (-300.0, 300.0))
@@ -318,6 +340,10 @@ STATE = QRNNState(torch.zeros(2, 6), torch.zeros(2, 1, 4))
         (lambda: QRNNLayer(4, 6, zoneout=1.5), ("zoneout", "1.5")),
         (lambda: QRNNLayer(4, 6, zoneout=True), ("zoneout", "True")),
         (lambda: QRNNLayer(4, 6, bias=False).reset_parameters(1.0), ("forget_bias", "1.0")),
+        (lambda: QRNNLayer(4, 6).reset_parameters(math.nan), ("forget_bias", "nan", "a number")),
+        (lambda: QRNNLayer(4, 6).reset_parameters("1"), ("forget_bias", "'1'", "a number")),
+        (lambda: QRNNLayer(4, 6, dtype=torch.complex64), ("dtype", "torch.complex64", "floating")),
+        (lambda: QRNNLayer(4, 6)(X, QRNNState(STATE.c, STATE.window.double())), ("state.window", "torch.float64")),
         (lambda: QRNNLayer(4, 6)(X[0]), ("x", "(5, 4)", "(B, T, 4)")),
         (lambda: QRNNLayer(4, 6)(X[:, :, :3]), ("x", "(2, 5, 3)", "(B, T, 4)")),
         (lambda: QRNNLayer(4, 6)(X.double()), ("x", "torch.float64", "torch.float32")),

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from qrnn import QRNN
 from qrnn_layer import METHODS, MODES, pool, signed_pool
 
 LENGTHS = (1, 2, 3, 31, 32, 33, 127, 1000, 65_536)
@@ -285,6 +286,43 @@ def test_derivatives_of_first_and_second_order(method):
     arguments = [log_f, log_x.detach().requires_grad_(), z.requires_grad_(), h0]
     assert torch.autograd.gradcheck(signed, arguments, check_forward_ad=True)
     assert torch.autograd.gradgradcheck(signed, arguments)
+
+
+def outputs(method):
+    """Functions of one number t whose second and third derivatives go through a pooling or a whole QRNN."""
+    log_f, log_x, z, h0 = make(5, dtype=torch.float64)
+    lines = make(5, dtype=torch.float64, seed=1)  # where the arguments go as t grows
+    rnn = QRNN(7, 4, num_layers=2, first_kernel_size=2, method=method, dtype=torch.float64)
+    yield lambda t: pool(log_f - t * lines[0].square(), log_x + t * lines[1], h0 + t * lines[3], method=method)
+    yield lambda t: signed_pool(
+        log_f, log_f - t * lines[0].square(), z + t * lines[2], h0 + t * lines[3], method=method
+    )
+    yield lambda t: rnn(z + t * lines[2])[0]
+
+
+@every_method
+def test_forward_derivatives_of_forward_derivatives(method):
+    """The reference is a numerical difference: nothing that differentiates a Function of our own."""
+    step, zero, one = 3e-4, torch.zeros((), dtype=torch.float64), torch.ones((), dtype=torch.float64)
+    for output in outputs(method):
+
+        def loss(t, output=output):
+            return output(t).sin().sum()
+
+        def derivative(function):
+            return lambda t: torch.func.jvp(function, (t,), (one,))[1]
+
+        *values, value = (loss(zero + n * step) for n in (-2, -1, 1, 2, 0))
+        second = (values[1] + values[2] - 2 * value) / step**2
+        third = (values[3] - 2 * values[2] + 2 * values[1] - values[0]) / (2 * step**3)
+        assert derivative(derivative(loss))(zero).item() == pytest.approx(second.item(), rel=1e-3)
+        jacfwd, grad = torch.func.jacfwd, torch.func.grad
+        assert jacfwd(jacfwd(loss))(zero).item() == pytest.approx(second.item(), rel=1e-3)
+        for orders in itertools.product((derivative, grad), repeat=3):
+            function = loss
+            for order in orders:
+                function = order(function)
+            assert function(zero).item() == pytest.approx(third.item(), rel=1e-2), orders
 
 
 @every_method

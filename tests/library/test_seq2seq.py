@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qrnn.fast import FastQRNNLayer
-from qrnn.search import beam_search, greedy_search
+from qrnn.search import beam_search
 from qrnn.seq2seq import CentredLayer, DecoderLayer, QRNNSeq2Seq, attend
 from qrnn_layer import ACTIVATIONS, QRNNLayer, ShapeError, signed_pool
 
@@ -399,7 +399,7 @@ def test_it_learns_to_reverse():
         loss.backward()
         optimizer.step()
     for found in (
-        greedy_search(model, letters, lengths, bos=BOS, eos=EOS, max_length=6),
+        beam_search(model, letters, lengths, bos=BOS, eos=EOS, beam_size=1, length_penalty=0.0, max_length=6),
         beam_search(model, letters, lengths, bos=BOS, eos=EOS, beam_size=3, max_length=6),
     ):
         right = [torch.equal(best.tokens, row[:3]) for best, row in zip(found, wanted, strict=True)]
@@ -447,9 +447,9 @@ class TableModel(nn.Module):
             number = number * self.vocabulary + token
         return self.table[sentence, number].log_softmax(0).tolist()
 
-    def search(self, function=beam_search, sentences=None, **options):
+    def search(self, sentences=None, **options):
         source = torch.arange(len(self.table)).unsqueeze(1) if sentences is None else torch.tensor(sentences)[:, None]
-        return function(self, source, torch.ones(len(source), dtype=torch.long), bos=BOS, eos=EOS, **options)
+        return beam_search(self, source, torch.ones(len(source), dtype=torch.long), bos=BOS, eos=EOS, **options)
 
 
 def normalised(log_p, length, alpha):
@@ -525,10 +525,10 @@ def test_beam_and_penalty_matter():
     assert tokens(beam_size=4, length_penalty=3.0) > tokens(beam_size=4, length_penalty=0.0)
 
 
-def test_greedy_search_takes_the_likeliest_token_at_each_step():
+def test_a_search_of_one_beam_without_a_penalty_is_greedy():
     model = TableModel(sentences=30)
     lengths = set()
-    for sentence, found in enumerate(model.search(greedy_search, max_length=4)):
+    for sentence, found in enumerate(model.search(beam_size=1, length_penalty=0.0, max_length=4)):
         tokens, score = [], 0.0
         for step in range(5):
             log_p = model.log_p(sentence, tokens)
@@ -548,8 +548,8 @@ def test_eos_ends_a_target_and_max_length_forces_it():
     with torch.no_grad():
         model.table[0, :, EOS] = 50  # ends at once
         model.table[1, :, EOS] = -50  # never wants to end
-    for function in (greedy_search, beam_search):
-        first, second = model.search(function, max_length=3)
+    for beam_size in (1, 8):
+        first, second = model.search(beam_size=beam_size, max_length=3)
         assert first.tokens.tolist() == [] and first.score == pytest.approx(0, abs=1e-12)
         assert len(second.tokens) == 3 and EOS not in second.tokens
         assert second.score < -10  # the end that was forced counts
@@ -583,6 +583,37 @@ def test_a_beam_wider_than_the_vocabulary():
     for sentence, best in enumerate(found):
         score, tokens = plain_beam_search(model, sentence, 50, 0.6, 1)
         assert (tuple(best.tokens.tolist()), best.score) == (tokens, pytest.approx(score))
+
+
+class LineModel(nn.Module):
+    """Gives the same float32 log-probabilities after every prefix."""
+
+    def __init__(self, *log_p):
+        super().__init__()
+        self.register_buffer("log_p", torch.tensor(log_p))
+
+    def start(self, source, lengths):
+        return TableState(source[:, 0], torch.zeros(len(source), dtype=torch.long))
+
+    def step(self, tokens, state):
+        return self.log_p.expand(len(tokens), -1), state, None
+
+
+@pytest.mark.parametrize("alpha", (50.0, 100.0, 300.0))
+def test_a_large_length_penalty_ranks_as_any_other(alpha):
+    """Targets of eos and of one other token: all the weight is on length, and the longest is best."""
+    model = LineModel(0.5, 0.5, -0.5)
+    (found,) = beam_search(
+        model, torch.zeros(1, 1, dtype=torch.long), [1], bos=BOS, eos=1, length_penalty=alpha, max_length=20
+    )
+    assert len(found.tokens) == 20 and set(found.tokens.tolist()) == {0}
+    log_p = model.log_p.double().log_softmax(0)[0].item()
+    assert found.score == pytest.approx(normalised(21 * log_p, 21, alpha), rel=1e-5)
+
+
+def test_a_target_vocabulary_of_one_token_is_refused():
+    with pytest.raises(ValueError, match="model: logits of 1 token given, 2 or more expected"):
+        beam_search(LineModel(0.0), torch.zeros(1, 1, dtype=torch.long), [1], bos=0, eos=0, max_length=4)
 
 
 # --- search: with the model -------------------------------------------------------------------------------------------
@@ -657,6 +688,8 @@ def search(**options):
         (lambda: build(first_kernel_size=0), ValueError, "first_kernel_size: 0 given"),
         (lambda: build(dropout=1.5), ValueError, "dropout: 1.5 given"),
         (lambda: build(zoneout=-1), ValueError, "zoneout: -1 given"),
+        (lambda: build(causal_encoder="no"), TypeError, "causal_encoder: 'no' given"),
+        (lambda: build(dtype=torch.complex64), ValueError, "dtype: torch.complex64 given"),
         (lambda: build(activation="gelu"), ValueError, "activation: 'gelu' given"),
         (lambda: MODEL(SOURCE[0], LENGTHS, TARGET), ShapeError, r"source: shape \(6,\) given"),
         (

@@ -3,6 +3,7 @@
 import pickle
 import warnings
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -387,9 +388,17 @@ C, WINDOW = torch.zeros(1, 2, 6), torch.zeros(1, 2, 4)
         (ShapeError, lambda: WIDE(X, (C, C, (WINDOW[:0],))), ("hx", "window", "(0, 2, 4)", "(1, 2, 4)")),
         (ValueError, lambda: WIDE(X, (C, C, ())), ("hx", "window", "0", "1 tensors")),
         (TypeError, lambda: WIDE(X, (C, C, WINDOW)), ("hx", "window", "Tensor")),
-        (ValueError, lambda: RNN(X.double()), ("x", "torch.float64", "torch.float32")),
-        (ValueError, lambda: RNN(X, (C, C.double())), ("c", "torch.float64", "torch.float32")),
-        (ValueError, lambda: RNN(X, (C, C.long())), ("c", "torch.int64", "floating")),
+        (ShapeError, lambda: RNN(X.double()), ("input: ", "torch.float64", "torch.float32")),
+        (ShapeError, lambda: RNN(X[:, 0].double()), ("input: ", "torch.float64", "torch.float32")),
+        (ShapeError, lambda: RNN(pack_sequence([X[:, 0].double()])), ("input: ", "torch.float64", "torch.float32")),
+        (ShapeError, lambda: RNN(X.to("meta"), (C, C)), ("input: ", "meta", "cpu")),
+        (ShapeError, lambda: RNN(X, (C.double(), C)), ("hx[0] ", "torch.float64", "torch.float32")),
+        (ShapeError, lambda: RNN(X, (C.bfloat16(), C)), ("hx[0] ", "torch.bfloat16", "torch.float32")),
+        (ShapeError, lambda: F_MODE(X, C.double()), ("hx[0] ", "torch.float64", "torch.float32")),
+        (ShapeError, lambda: RNN(X, (C, C.double())), ("hx[1] ", "torch.float64", "torch.float32")),
+        (ShapeError, lambda: RNN(X, (C, C.long())), ("hx[1] ", "torch.int64", "torch.float32")),
+        (ShapeError, lambda: WIDE(X, (C, C, (WINDOW.double(),))), ("hx[2] ", "torch.float64", "torch.float32")),
+        (ValueError, lambda: QRNN(4, 6, dtype=torch.complex64), ("dtype", "torch.complex64", "floating")),
     ),
 )
 def test_errors_name_the_argument_and_what_was_given(error, call, parts):
@@ -405,9 +414,21 @@ def test_a_flag_that_is_no_bool_is_a_type_error(flag, wrong):
         QRNN(4, 6, **{flag: wrong})
 
 
-def test_a_flag_may_be_a_whole_number_as_in_nn_lstm():
-    rnn = QRNN(4, 6, bidirectional=1, batch_first=0)
+@pytest.mark.parametrize("convert", (int, np.bool_))
+def test_a_flag_may_be_a_whole_number_or_numpys_as_in_nn_lstm(convert):
+    rnn = QRNN(4, 6, bidirectional=convert(True), batch_first=convert(False), bias=convert(False), dense=convert(False))
     assert rnn.bidirectional is True and rnn.batch_first is False and len(rnn.layers) == 2
+    assert rnn.bias is False and rnn.dense is False and rnn.layers[0].bias is None
+
+
+def test_a_state_from_autocast_goes_on_under_autocast():
+    rnn = QRNN(4, 6, 2, first_kernel_size=2)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        h, c, window = rnn(X)[1]
+        assert (h.dtype, c.dtype, window[1].dtype) == (torch.bfloat16, torch.float32, torch.bfloat16)
+        assert rnn(X, (h, c, window))[0].dtype == torch.bfloat16
+        with pytest.raises(ShapeError, match=r"hx\[0\] .*torch\.float64"):
+            rnn(X, (h.double(), c, window))
 
 
 def test_the_state_cuts_the_history_when_it_is_detached():

@@ -73,6 +73,7 @@ CALLS = {
             "dropout": 0.0,
             "kernel_size": 2,
             "first_kernel_size": 2,
+            "causal_encoder": True,
             "mode": "fo",
             "zoneout": 0.0,
             "activation": "tanh",
