@@ -28,13 +28,17 @@ MODES = {"f": 2, "fo": 3, "ifo": 4}  # mode -> blocks of the projection, in the 
 GAINS = {"f": 2, "fo": 4, "ifo": 4}  # of the initial weights of z, see `reset_parameters`
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]]
 ACTIVATIONS = {f.__name__: f for f in (torch.exp, torch.sigmoid, torch.relu, torch.tanh, F.softplus, F.elu)}
-# 2 max(a, 0) - log(1 + tanh |a|) keeps the digits near 0. The slope of |a| is -1 at 0: that of relu is 0 there
+# 2 max(a, 0) - log(1 + tanh |a|) keeps the digits near 0. There |a| is -a, for relu has slope 0 and the sum needs 1.
 ACTIVATIONS |= {"identity": lambda a: a, "shifted_softplus": lambda a: 2 * a.relu() - a.where(a > 0, -a).tanh().log1p()}
 FLOORS = {"tanh": -1, "elu": -1, "shifted_softplus": -math.log(2), "identity": -math.inf}  # z >= floor; 0 of all others
 
 
+# --- the trick -------------------------------------------------------------------------------------------------------
 def closed_form(log_f: Tensor, log_x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return log h, of h_t = f_t h_{t-1} + x_t from h_0 = 0 for every t at once, and c; all are (..., T, H)."""
+    """Solve h_t = f_t h_{t-1} + x_t with h_0 = 0 for every t at once, over the dimension before the last.
+
+    Returns log h and c, the running sums of log_f. Both are shaped like the arguments, (..., T, H).
+    """
     c = log_f.cumsum(dim=-2)  # log of f_1 * ... * f_t
     log_h = c + (log_x - c).logcumsumexp(dim=-2)  # f_1...f_t * sum of x_s / (f_1...f_s), in logs
     return log_h, c
@@ -86,13 +90,14 @@ class QRNNLayer(nn.Module):
         expect(str(mode) in MODES, "mode", mode, f"one of {', '.join(MODES)}")
         expect(str(activation) in ACTIVATIONS, "activation", activation, f"one of {', '.join(ACTIVATIONS)}")
         expect(str(method) in ("auto", *METHODS), "method", method, f"auto or one of {', '.join(METHODS)}")
+        expect(isinstance(bias, int) and bias in (0, 1), "bias", bias, "True or False", TypeError)
         expect(getattr(dtype, "is_floating_point", dtype is None), "dtype", dtype, "a floating dtype")
         self.input_size, self.hidden_size = check_size("input_size", input_size), check_size("hidden_size", hidden_size)
         self.kernel_size, self.zoneout = check_size("kernel_size", kernel_size), check_probability("zoneout", zoneout)
         self.mode, self.activation, self.method = mode, activation, method
         rows = MODES[mode] * self.hidden_size
         self.weight = nn.Parameter(torch.empty(rows, self.kernel_size * self.input_size, device=device, dtype=dtype))
-        self.bias = nn.Parameter(torch.empty(rows, device=device, dtype=dtype)) if check_flag("bias", bias) else None
+        self.bias = nn.Parameter(torch.empty(rows, device=device, dtype=dtype)) if bias else None
         self.reset_parameters()
 
     def reset_parameters(self, forget_bias: float = 0.0) -> None:
@@ -394,11 +399,6 @@ def check_size(name: str, given: int, least: int = 1) -> int:
     return int(given)
 
 
-def check_flag(name: str, flag: bool) -> bool:  # also NumPy's, called bool_ before its version 2
-    expect(type(flag).__name__ in ("bool", "bool_", "int") and flag in (0, 1), name, flag, "True or False", TypeError)
-    return bool(flag)
-
-
 def check_probability(name: str, given: float) -> float:
     expect(isinstance(given, Real) and given is not True and 0 <= given <= 1, name, given, "a probability from 0 to 1")
     return float(given)
@@ -444,7 +444,7 @@ def _checked(method: str, block_size: int, check: bool, arrays: dict[str, Tensor
         check_tensor(name, array, log_f.shape[::2] if name == "h0" else log_f.shape, log_f.device, log_f.dtype)
     for name, array in arrays.items() if check else ():
         legal = array <= 0 if name in ("log_f", "log_i") else array < math.inf if name == "log_x" else array.isfinite()
-        for where in map(tuple, (~legal).nonzero()[:1].tolist()):
+        for where in map(tuple, (~legal).nonzero()[:1].tolist()):  # the first one
             legal_text = "numbers <= 0 or -inf" if name in ("log_f", "log_i") else "numbers, no NaN and no +inf,"
             raise ValueError(f"{name}: {array[where].item()} given at {where}, {legal_text} expected")
     return [array.to(torch.promote_types(array.dtype, torch.float32)) for array in arrays.values()]

@@ -26,7 +26,6 @@ from qrnn_layer import (
     MODES,
     QRNNLayer,
     QRNNState,
-    check_flag,
     check_lengths,
     check_probability,
     check_size,
@@ -164,7 +163,7 @@ class QRNNSeq2Seq(nn.Module):
         for name, size in sizes.items():
             check_size(name, size)
         check_probability("dropout", dropout)
-        check_flag("causal_encoder", causal_encoder)
+        expect(isinstance(causal_encoder, bool), "causal_encoder", causal_encoder, "True or False", TypeError)
         expect(str(mode) in ("fo", "ifo"), "mode", mode, "fo or ifo, for attention needs an output gate (eq. 8),")
         place: dict[str, Any] = {"device": device, "dtype": dtype}
         options = {"mode": mode, "zoneout": zoneout, "activation": activation, "method": method, **place}

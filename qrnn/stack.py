@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from qrnn.fast import FastQRNNLayer
-from qrnn_layer import QRNNState, check_flag, check_probability, check_size, check_tensor, expect
+from qrnn_layer import QRNNState, check_probability, check_size, check_tensor, expect
 
 State = Tensor | tuple  # see `QRNN`
 Input = TypeVar("Input", Tensor, PackedSequence)
@@ -102,10 +102,7 @@ class QRNN(nn.Module):
         )
         self.input_size, self.hidden_size = check_size("input_size", input_size), check_size("hidden_size", hidden_size)
         self.num_layers, self.dropout = check_size("num_layers", num_layers), check_probability("dropout", dropout)
-        self.bias, self.batch_first, self.bidirectional, self.dense = (
-            check_flag(*flag)
-            for flag in flags.items()  # no flag: a probability of dropout, one place too early
-        )
+        self.bias, self.batch_first, self.bidirectional, self.dense = map(_check_flag, flags, flags.values())
         self.proj_size, self.mode = 0, mode
         if self.dropout > 0 and self.num_layers == 1:
             warnings.warn(
@@ -277,6 +274,13 @@ class QRNN(nn.Module):
             "parts of the state, (h, c, window).",
             stacklevel=4,
         )
+
+
+def _check_flag(name: str, flag: bool) -> bool:
+    """Return a flag as a bool, also NumPy's; no flag is a probability of dropout, one place too early."""
+    of_numpy = type(flag).__name__ in ("bool_", "bool")  # the first before its version 2
+    expect((of_numpy or isinstance(flag, int)) and flag in (0, 1), name, flag, "True or False", TypeError)
+    return bool(flag)
 
 
 def _map(function: Callable[[Tensor], Tensor], state: Any) -> Any:
