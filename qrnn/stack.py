@@ -231,11 +231,11 @@ class QRNN(nn.Module):
 
         windows is None where those of zeros, or h, take their place.
         """
-        autocasts = not self.layers[0].check_x(x, "input")
+        self.layers[0].check_x(x, "input")
         if hx is None:
             return None
         exact = torch.promote_types(x.dtype, torch.float32)
-        dtypes = (exact, torch.bfloat16, torch.float16) if autocasts else (exact, x.dtype)
+        dtypes = exact, torch.bfloat16, torch.float16  # a state may leave autocast, or enter it
         batch = (x.shape[0],) if batched else ()
         shape = (len(self.layers), *batch, self.hidden_size)
         wanted = f"{'a tensor h' if self.mode == 'f' else '(h, c)'} of shape {shape}"
