@@ -393,7 +393,6 @@ C, WINDOW = torch.zeros(1, 2, 6), torch.zeros(1, 2, 4)
         (ShapeError, lambda: RNN(pack_sequence([X[:, 0].double()])), ("input: ", "torch.float64", "torch.float32")),
         (ShapeError, lambda: RNN(X.to("meta"), (C, C)), ("input: ", "meta", "cpu")),
         (ShapeError, lambda: RNN(X, (C.double(), C)), ("hx[0] ", "torch.float64", "torch.float32")),
-        (ShapeError, lambda: RNN(X, (C.bfloat16(), C)), ("hx[0] ", "torch.bfloat16", "torch.float32")),
         (ShapeError, lambda: F_MODE(X, C.double()), ("hx[0] ", "torch.float64", "torch.float32")),
         (ShapeError, lambda: RNN(X, (C, C.double())), ("hx[1] ", "torch.float64", "torch.float32")),
         (ShapeError, lambda: RNN(X, (C, C.long())), ("hx[1] ", "torch.int64", "torch.float32")),
