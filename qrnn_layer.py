@@ -182,7 +182,7 @@ class QRNNLayer(nn.Module):
         floor = FLOORS.get(self.activation, 0)  # in "ifo" i may exceed 1 - f, so one below 0 does not hold
         return _recurrence(log_f, x, c0, self.method, 64, -math.inf if floor and self.mode == "ifo" else floor, keep)
 
-    def check_x(self, x: Tensor, name: str = "x") -> list[torch.dtype]:  # its legal dtype, none if autocast takes any
+    def _check_x(self, x: Tensor, name: str = "x") -> list[torch.dtype]:  # its legal dtype; none: autocast takes any
         weight = self.weight
         autocasts = not weight.is_meta and torch.is_autocast_enabled(weight.device.type)  # float64 it leaves alone
         dtypes = [] if autocasts and torch.float64 not in (weight.dtype, getattr(x, "dtype", None)) else [weight.dtype]
@@ -190,7 +190,7 @@ class QRNNLayer(nn.Module):
         return dtypes
 
     def _check_input(self, x: Tensor, state: QRNNState | None) -> QRNNState:
-        dtypes, device = self.check_x(x), x.device
+        dtypes, device = self._check_x(x), x.device
         if state is None:
             return self.initial_state(x.shape[0], x)
         expect(isinstance(state, tuple) and len(state) == 2, "state", type(state), "QRNNState(c, window)", TypeError)

@@ -205,6 +205,7 @@ def _forward(
     weight: Tensor,
     bias: Tensor | None,
     setting: _Setting,
+    *,
     saves: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
     """Return h, (T, B, H), and the last c, (B, H); and for the pieces, or if it does not save them for the last one,
@@ -260,19 +261,10 @@ class _Layer(torch.autograd.Function):
     """Return h and the last c of `_forward`, with their derivatives."""
 
     @staticmethod
-    def forward(
-        ctx,
-        window: Tensor,
-        x: Tensor,
-        c0: Tensor,
-        keep: Tensor | None,
-        weight: Tensor,
-        bias: Tensor | None,
-        setting: _Setting,
-    ) -> tuple[Tensor, Tensor]:
-        h, c_last, gates, states = _forward(window, x, c0, keep, weight, bias, setting, saves=True)
-        ctx.save_for_backward(window, x, c0, keep, weight, bias, *gates, *states)
-        ctx.setting = setting
+    def forward(ctx, *given) -> tuple[Tensor, Tensor]:  # as `_forward`
+        h, c_last, gates, states = _forward(*given, saves=True)
+        *arrays, ctx.setting = given
+        ctx.save_for_backward(*arrays, *gates, *states)
         ctx.set_materialize_grads(False)
         return h, c_last
 

@@ -231,7 +231,7 @@ class QRNN(nn.Module):
 
         windows is None where those of zeros, or h, take their place.
         """
-        self.layers[0].check_x(x, "input")
+        self.layers[0]._check_x(x, "input")
         if hx is None:
             return None
         exact = torch.promote_types(x.dtype, torch.float32)

@@ -1,4 +1,4 @@
-"""QRNN against LSTM: the two tables of all comparisons, won or lost."""
+"""Compare QRNN and LSTM: the two tables of all comparisons, won or lost."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DRAWS = 1000  # of the test sentences
 
 
 class Compared(NamedTuple):
-    """What two models came to.
+    """Hold what two models came to.
 
     Attributes:
         qrnn, lstm: their scores.
@@ -46,7 +46,7 @@ class Compared(NamedTuple):
 
     @property
     def winner(self) -> str | None:
-        """Who is better, if the interval says so."""
+        """Say who is better, if the interval does."""
         if self.interval is None or self.interval[0] <= 0 <= self.interval[1]:
             return None
         return "QRNN" if (self.gap > 0) == self.higher_is_better else "LSTM"
@@ -85,7 +85,7 @@ def over_sentences(qrnn: Mapping[str, Any], lstm: Mapping[str, Any]) -> Compared
 
 
 def bleu(counts: Sequence[int]) -> float:
-    """BLEU of sums of `bleu_counts`, as sacrebleu has it by default."""
+    """Return BLEU of sums of `bleu_counts`, as sacrebleu has it by default."""
     *ngrams, length, reference = map(int, counts)
     return BLEU.compute_bleu(ngrams[:4], ngrams[4:], length, reference, smooth_method="exp").score
 
@@ -154,7 +154,7 @@ ALL = COMPARISONS | {
 
 
 def compared(comparisons: dict[str, Callable[[], Compared | None]], verdict: bool) -> str:
-    """A row for each comparison: the means over seeds and their difference; with a verdict, who is ahead."""
+    """Return a row for each comparison: the means and their difference; with a verdict, who is ahead."""
     rows = []
     for label, make in comparisons.items():
         if pair := make():
@@ -165,7 +165,7 @@ def compared(comparisons: dict[str, Callable[[], Compared | None]], verdict: boo
 
 
 def verdict() -> str:
-    """Who is better in which comparison, in a sentence."""
+    """Say in a sentence who is better in which comparison."""
     pairs = {label: make() for label, make in ALL.items()}
     won = [f"the {pair.winner} ({label})" for label, pair in pairs.items() if pair and pair.winner]
     if not won:

@@ -61,7 +61,7 @@ PTB_SCALED = {
 
 
 class Search(NamedTuple):
-    """Trials that both models get alike.
+    """Say which trials both models get alike.
 
     Attributes:
         name: of the file with them in results/.
@@ -93,7 +93,7 @@ READERS = Search("readers", "studies readers", "mr", SEARCHED, "valid_loss")
 
 
 def ablation() -> Jobs:
-    """The widths give each QRNN as many recurrent parameters as the first has, within 1 %."""
+    """Change one thing at a time; widths give each QRNN as many recurrent parameters as the first, within 1 %."""
     f, fo, ifo = (f"{SHORT} qrnn --mode {mode}" for mode in ("f", "fo", "ifo"))
     lstm = f"{SHORT} lstm"
     return {
@@ -130,7 +130,7 @@ def ablation() -> Jobs:
 
 
 def longer() -> Jobs:
-    """What one epoch leaves open: the best of the ablation for the four epochs of the preset."""
+    """Train the best of the ablation for the four epochs of the preset, for one epoch leaves much open."""
     models = {
         "QRNN, f": "qrnn --mode f --hidden 325",
         "QRNN, fo": "qrnn --mode fo --hidden 251",
@@ -144,7 +144,7 @@ def longer() -> Jobs:
 
 
 def numerics() -> Jobs:
-    """The derived backward pass and the closed form left to autograd, in float32, on long pieces of text."""
+    """Train by the derived backward pass and by autograd through the closed form, in float32, on long pieces."""
     model = "--models qrnn --mode fo --activation softplus --embedding 128 --hidden 128 --epochs 3"
     jobs = {}
     for length, rows in ((256, 16), (1024, 4)):
@@ -155,12 +155,12 @@ def numerics() -> Jobs:
 
 
 def seeds() -> Jobs:
-    """Both models of the preset, its settings the same for both."""
+    """Train both models of the preset, with its settings for both."""
     return {f"{NAMES[model]}, seed {seed}": Job(f"{SMALL} --models {model} --seed {seed}") for seed, model in SEEDED}
 
 
 def tuned() -> Jobs:
-    """The same with the settings that were best for each in results/tuning.json."""
+    """Train the models of `seeds` with the settings that were best for each in results/tuning.json."""
     return {
         f"{NAMES[model]}, seed {seed}": Job(f"{SMALL} --models {model} --seed {seed} {best_flags(model, TUNING)}")
         for seed, model in SEEDED
@@ -171,7 +171,7 @@ def best_flags(model: str, search: Search) -> str:
     """Return the flags of the model's trial that was best on validation.
 
     Raises:
-        InputError: the models do not have the same trials.
+        InputError: if the models do not have the same trials.
     """
     trials: dict[str, dict[tuple[Any, ...], float]] = {name: {} for name in NAMES}  # values -> score
     for run in on_record(search.name).values():
@@ -188,13 +188,13 @@ def best_flags(model: str, search: Search) -> str:
 
 
 def ptb() -> Jobs:
-    """The Penn Treebank as one stream; the width gives the LSTM 256 units."""
+    """Read the Penn Treebank as one stream; the width gives the LSTM 256 units."""
     flags = f"{PTB} --epochs 15 --hidden 309 --models"
     return {label: Job(f"{flags} {model}") for model, label in NAMES.items()}
 
 
 def ptb_scaled() -> Jobs:
-    """The same with today's initial weights and a QRNN whose first layer sees one word, three seeds."""
+    """Repeat `ptb` with today's initial weights and a QRNN whose first layer sees one word, three seeds."""
     return {
         f"{label}, seed {seed}": Job(f"{flags} --epochs 15 --seed {seed}")
         for seed in range(3)
@@ -203,7 +203,7 @@ def ptb_scaled() -> Jobs:
 
 
 def ptb_changes() -> Jobs:
-    """The models of `ptb_scaled`, seed 0, with one thing changed, on the whole text and to the end."""
+    """Change one thing in the models of `ptb_scaled`, seed 0, on the whole text and to the end."""
     jobs = {}
     for label, flags in PTB_SCALED.items():
         whole = f"{flags} --epochs 15"
@@ -215,7 +215,7 @@ def ptb_changes() -> Jobs:
 
 
 def ptb_short() -> Jobs:
-    """What does well in three epochs of it."""
+    """Find what does well in three epochs of `ptb`."""
     models = {
         "QRNN, fo": "qrnn --hidden 309",
         "LSTM": "lstm --hidden 309",
@@ -229,18 +229,18 @@ def ptb_short() -> Jobs:
 
 
 def wikitext2() -> Jobs:
-    """WikiText-2 as one stream, with all its words: beside a softmax over so many, wider layers cost little time."""
+    """Read WikiText-2 as one stream, with all words: beside so large a softmax, wider layers cost little time."""
     flags = f"{STREAMED} --corpus wikitext-2 --hidden 512 --epochs 4 --lr 3e-3 {DROPOUT.format(0.3)}"
     return {label: Job(f"{flags} --models {model}") for model, label in NAMES.items()}
 
 
 def first_kernel() -> Jobs:
-    """One word in the first layer, two in the second: the QRNNs of `seeds` see two in both."""
+    """Show one word to the first layer and two to the second: the QRNNs of `seeds` see two in both."""
     return {f"QRNN, seed {seed}": Job(f"{FIRST_KERNEL} --seed {seed}") for seed in range(3)}
 
 
 def initial() -> Jobs:
-    """The QRNNs of `first_kernel` and the LSTMs of `seeds`, with larger weights of the candidates at first."""
+    """Start the QRNNs of `first_kernel` and the LSTMs of `seeds` with larger weights of the candidates."""
     flags = {
         "QRNN, shifted_softplus": f"{FIRST_KERNEL} --activation shifted_softplus",
         "QRNN, tanh": FIRST_KERNEL,
@@ -254,7 +254,7 @@ def initial() -> Jobs:
 
 
 def candidates() -> Jobs:
-    """The candidates of the preset small; its first layer sees one word, as that of `QRNN` does by default."""
+    """Compare candidates in the preset small; its first layer sees one word, as that of `QRNN` by default."""
     flags = f"{FIRST_KERNEL} --epochs 1 --no-test --activation"
     jobs = {
         f"{name}, seed {seed}": Job(f"{flags} {name} --seed {seed}")
@@ -277,7 +277,7 @@ def candidates() -> Jobs:
 
 
 def ptb_quarter() -> Jobs:
-    """On little text a model shows soon how well it carries over to other text, where the QRNNs of `ptb` fell short."""
+    """Train on little text, where a model shows soon how well it carries over; there the QRNNs of `ptb` fell short."""
     qrnn, lstm = (f"{flags} --epochs 8 --no-test" for flags in PTB_SCALED.values())
     more = DROPOUT.format(0.5)
     plain, changes = "research.variants quarter", "research.variants quarter,"
@@ -304,7 +304,7 @@ def ptb_quarter() -> Jobs:
 
 
 def trials(search: Search, example: str, flags: str, values: Sequence[tuple[Any, ...]]) -> Jobs:
-    """A run of an example with each of these values of what is searched, for both models."""
+    """Return a run of an example with each of these values of what is searched, for both models."""
     searched = " ".join(f"--{name.replace('_', '-')} {{}}" for name in search.settings)
     return {
         f"{label}, trial {number}": Job(f"{flags} --no-test --models {model} {searched.format(*trial)}", example)
@@ -314,7 +314,7 @@ def trials(search: Search, example: str, flags: str, values: Sequence[tuple[Any,
 
 
 def translators() -> Jobs:
-    """The same twelve trials for both translators, on the pairs that are at most fifty characters long."""
+    """Give both translators the same twelve trials, on the pairs that are at most fifty characters long."""
     rates = (2e-3, 4e-3, 8e-3)
     values = [(rate, initial, 0.0, 0.1) for initial in ("scaled", "xavier") for rate in rates]
     values += [(4e-3, "uniform", 0.0, 0.1), (4e-3, "scaled", 1.0, 0.1), (4e-3, "xavier", 1.0, 0.1)]
@@ -323,7 +323,7 @@ def translators() -> Jobs:
 
 
 def translation() -> Jobs:
-    """All pairs, each model with its best trial of `translators`."""
+    """Train on all pairs, each model with its best trial of `translators`."""
     return {
         label: Job(f"{TRANSLATE} --models {model} {best_flags(model, TRANSLATORS)}", "examples.translation")
         for model, label in NAMES.items()
@@ -331,7 +331,7 @@ def translation() -> Jobs:
 
 
 def readers() -> Jobs:
-    """The same eight trials for both readers of film reviews, with fold 0 set aside."""
+    """Give both readers of film reviews the same eight trials, with fold 0 set aside."""
     values = [(rate, "scaled", 0.0, 0.5) for rate in (5e-4, 1e-3, 2e-3, 4e-3)]
     values += [(1e-3, "scaled", 0.0, 0.3), (1e-3, "scaled", 1.0, 0.5)]
     values += [(1e-3, "uniform", 0.0, 0.5), (1e-3, "xavier", 0.0, 0.5)]
@@ -339,7 +339,7 @@ def readers() -> Jobs:
 
 
 def folds() -> Jobs:
-    """Both readers with their best trials of `readers`, each tenth of the reviews once for test."""
+    """Train both readers with their best trials of `readers`, each tenth of the reviews once for test."""
     return {
         f"{label}, fold {fold}": Job(
             f"--preset mr --fold {fold} --models {model} {best_flags(model, READERS)}", "examples.sentiment"
@@ -375,7 +375,7 @@ STUDIES: dict[str, Callable[[], Jobs]] = {
 
 
 def main(arguments: Sequence[str]) -> int:
-    """The exit code, see `carry_out`; 2 if the input was wrong."""
+    """Carry out a study; return the exit code, see `carry_out`: 2 if the input was wrong."""
     parser = Parser(__doc__)
     parser.add_argument("study", choices=STUDIES)
     parser.add_argument("--data", required=True, help="folder with the corpus")

@@ -1,4 +1,4 @@
-"""The tables of research/README.md, made from research/results/*.json."""
+"""Make the tables of research/README.md from research/results/*.json."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from research.studies import NAMES
 NAMED = 4  # of the runs that are missing
 FIT = "training text, with dropout"
 SIZES = {"hidden": "units", "sizes": "parameters, recurrent / all"}
-SEARCHED = {"initialisation": "{}", "lr": "{:g}", "forget_bias": "{:g}", "dropout": "{:g}"}
+TRIAL_FORMS = {"initialisation": "{}", "lr": "{:g}", "forget_bias": "{:g}", "dropout": "{:g}"}
 SCORES = {"valid_perplexity": "validation perplexity", "test_perplexity": "test perplexity", "fit": FIT}
 
 
@@ -25,7 +25,7 @@ SCORES = {"valid_perplexity": "validation perplexity", "test_perplexity": "test 
 
 
 def recorded(name: str, command: str, made: Callable[[DataFrame], str]) -> str:
-    """What `made` makes of the runs in results/NAME.json, what is missing, and where they come from."""
+    """Return what `made` makes of the runs in results/NAME.json, what is missing, and where they come from."""
     on_record, runs = jobs.on_record(name), finished_runs(name)
     wanted = studies.STUDIES[name]() if name in studies.STUDIES else {}
     lines = [f"{label} failed: {run['error']}." for label, run in on_record.items() if "error" in run]
@@ -56,7 +56,7 @@ def study_source(name: str) -> str:
 
 
 def study(runs: DataFrame, first: str, scores: tuple[str, ...] = ("valid_perplexity",), by_value: bool = False) -> str:
-    """A row for each run; by value: the best one first."""
+    """Return a row for each run; by value: the best one first."""
     runs = runs.sort_values("valid_perplexity") if by_value else runs
     shown = runs[["hidden", "sizes", *scores]].copy()
     shown[[*scores]] = shown[[*scores]].map("{:.1f}".format)
@@ -64,7 +64,7 @@ def study(runs: DataFrame, first: str, scores: tuple[str, ...] = ("valid_perplex
 
 
 def longer(runs: DataFrame) -> str:
-    """A row for each run, a column for each epoch, and how well the training text is fitted in the last one."""
+    """Return a row for each run, a column for each epoch, and the fit to the training text in the last one."""
     curves = runs["curve"].map(lambda lines: [line["valid_perplexity"] for line in lines])
     shown = DataFrame(curves.to_list(), index=runs.index).rename(columns=lambda epoch: f"epoch {epoch + 1}")
     shown = shown.assign(fit=runs["fit"]).map("{:.1f}".format)
@@ -73,7 +73,7 @@ def longer(runs: DataFrame) -> str:
 
 
 def trials(runs: DataFrame, settings: dict[str, str], score: str = "valid_perplexity", digits: str = "{:.2f}") -> str:
-    """A row for each trial, which is the same for both models, the best of each in bold.
+    """Return a row for each trial, which is the same for both models, the best of each in bold.
 
     Args:
         runs: on record.
@@ -90,7 +90,7 @@ def trials(runs: DataFrame, settings: dict[str, str], score: str = "valid_perple
 
 
 def tuning(runs: DataFrame) -> str:
-    """The trials of the preset small."""
+    """Return the trials of the preset small."""
     settings = {"lr": "{:.2g}", "dropout": "{:.2f}", "weight_decay": "{:.2g}", "epochs": "{}"}
     return trials(runs[runs["preset"] == "small"], settings)
 
@@ -102,7 +102,7 @@ def best_in_bold(scores: Series, digits: str) -> list[str]:
 
 
 def seeds(runs: DataFrame, names: dict[str, str] = NAMES, key: str = "model") -> str:
-    """Mean and standard deviation over the seeds, a row for each of the names."""
+    """Return mean and standard deviation over the seeds, a row for each of the names."""
     rows = []
     for name, label in names.items():
         mine = runs[runs[key] == name]
@@ -119,7 +119,7 @@ def mean_and_deviation(values: Series) -> str:
 
 
 def first_kernel(runs: DataFrame) -> str:
-    """The first layer sees one word, or two as in the QRNNs of `seeds`; and the difference."""
+    """Compare a first layer that sees one word with one that sees two, as in the QRNNs of `seeds`."""
     two = finished_runs("seeds").query("model == 'qrnn'")
     names = {"one": "QRNN, first layer k = 1", "two": "QRNN, k = 2 in both"}
     both = pd.concat([runs.assign(first="one"), two.assign(first="two")])
@@ -129,13 +129,13 @@ def first_kernel(runs: DataFrame) -> str:
 
 
 def initial(runs: DataFrame) -> str:
-    """Mean and standard deviation over the seeds, a row for each kind of model."""
+    """Return mean and standard deviation over the seeds, a row for each kind of model."""
     kinds = runs.index.str.replace(r", seed \d+", "", regex=True)
     return seeds(runs.assign(kind=kinds), {kind: kind for kind in kinds}, "kind")
 
 
 def translation(runs: DataFrame) -> str:
-    """A row for each model, with its settings, and the signatures of the scores."""
+    """Return a row for each model, with its settings, and the signatures of the scores."""
     settings = {"lr": "learning rate", "initialisation": "initial weights", "forget_bias": "forget bias"}
     scores = {"valid_perplexity": "validation perplexity", "bleu": "BLEU", "chrf": "chrF"}
     shown = runs[["hidden", "recurrent_parameters", *settings, "dropout", *scores]].copy()
@@ -148,7 +148,7 @@ def translation(runs: DataFrame) -> str:
 
 
 def folds(runs: DataFrame) -> str:
-    """A row for each fold, a column for each model."""
+    """Return a row for each fold, a column for each model."""
     shown = runs.assign(accuracy=[f"{test['accuracy']:.2f}" for test in runs["test"]])
     table = shown.pivot(index="fold", columns="model", values="accuracy").fillna("")[[*NAMES]]
     return wide(table.rename(columns=lambda name: f"{NAMES[name]}, test accuracy, %"), "fold")
@@ -158,7 +158,7 @@ def folds(runs: DataFrame) -> str:
 
 
 def context() -> str:
-    """A row for each number of words known: both perplexities and their ratio; the last row is of the training text."""
+    """Return both perplexities and their ratio for each number of words known; the last row is of the training text."""
     if not (RESULTS / "context.json").exists():
         return "Not measured yet: `python -m research.context --data DIR` does it."
     content = load("context.json")
@@ -174,7 +174,7 @@ def context() -> str:
 
 
 def spans(known: list[int]) -> list[str]:
-    """1, 2, 3-4, 5-8 ...: what stands for 1, 2, 4, 8 ... words known."""
+    """Return 1, 2, 3-4, 5-8 ...: what stands for 1, 2, 4, 8 ... words known."""
     return [str(most) if most < 3 else f"{most // 2 + 1}-{most}" for most in known]
 
 
@@ -193,9 +193,9 @@ STUDIES: dict[str, Callable[[DataFrame], str]] = {
     "first_kernel": first_kernel,
     "initial": initial,
     "candidates": partial(study, first="candidate", by_value=True),
-    "translators": partial(trials, settings=SEARCHED),
+    "translators": partial(trials, settings=TRIAL_FORMS),
     "translation": translation,
-    "readers": partial(trials, settings=SEARCHED, score="valid_loss", digits="{:.3f}"),
+    "readers": partial(trials, settings=TRIAL_FORMS, score="valid_loss", digits="{:.3f}"),
     "folds": folds,
     "ptb_quarter": partial(study, first="model", scores=("valid_perplexity", "fit"), by_value=True),
 }
