@@ -15,6 +15,8 @@ ptb_tuned     the same with dropout 0.3, which was best for both models; three s
 ptb_changes   what may close the gap that ptb_scaled leaves, one seed; 4 h
 ptb_short     as ptb with more forms of the QRNN, 3 epochs; 1/2 h
 wikitext2     both models on WikiText-2 as one stream with all its words; 1 1/2 h
+streams       seven trials of each model on WikiText-2 as one stream: the same and dropout; minutes on a GPU
+wikitext2_tuned  both models on WikiText-2 as one stream with their best trials, three seeds; minutes on a GPU
 first_kernel  the QRNN of seeds with a first layer that sees one word, three seeds; 1/2 h
 candidates    candidates of the QRNN, one epoch; 1/2 h
 initial       QRNN and LSTM with larger initial candidates, three seeds; 1 1/2 h
@@ -59,6 +61,11 @@ PTB_SCALED = {
     "QRNN": f"{PTB} --initialisation scaled --models qrnn --first-kernel-size 1 --hidden {PTB_WIDTH}",
     "LSTM": f"{PTB} --initialisation scaled --models lstm --hidden 309",
 }
+WIKITEXT2 = f"--preset small {STREAM} --embedding 256 --batch-size 20 --bptt 70 --corpus wikitext-2"
+WIKITEXT2_SCALED = {
+    "QRNN": f"{WIKITEXT2} --models qrnn --first-kernel-size 1 --hidden 566",
+    "LSTM": f"{WIKITEXT2} --models lstm --hidden 512",  # as many recurrent parameters: 402 units
+}
 
 
 class Search(NamedTuple):
@@ -80,12 +87,10 @@ class Search(NamedTuple):
 
 
 SEARCHED = ("lr", "initialisation", "forget_bias", "dropout")
-TUNING = Search(
-    "tuning",
-    "tune --preset small",
-    "small",
-    ("lr", "dropout", "dropout_embedding", "dropout_output", "weight_decay"),
-)
+DROPOUTS = ("dropout_embedding", "dropout_output")  # in language models
+ONE_WORD = "--preset small --first-kernel-size 1 --hidden 292"
+TUNING = Search("tuning", f"tune {ONE_WORD}", "small", (*SEARCHED, *DROPOUTS, "weight_decay"))
+STREAMS = Search("streams", "studies streams", "small", (*SEARCHED, *DROPOUTS))
 TRANSLATORS = Search("translators", "studies translators", "small", SEARCHED)
 READERS = Search("readers", "studies readers", "mr", SEARCHED, "valid_loss")
 
@@ -163,7 +168,7 @@ def seeds() -> Jobs:
 def tuned() -> Jobs:
     """Train the models of `seeds` with the settings that were best for each in results/tuning.json."""
     return {
-        f"{NAMES[model]}, seed {seed}": Job(f"{SMALL} --models {model} --seed {seed} {best_flags(model, TUNING)}")
+        f"{NAMES[model]}, seed {seed}": Job(f"{ONE_WORD} --models {model} --seed {seed} {best_flags(model, TUNING)}")
         for seed, model in SEEDED
     }
 
@@ -244,6 +249,24 @@ def wikitext2() -> Jobs:
     return {label: Job(f"{flags} --models {model}") for model, label in NAMES.items()}
 
 
+def streams() -> Jobs:
+    """Give both models of WikiText-2 as a stream the same seven trials, as long as the runs of `wikitext2_tuned`."""
+    values = [(3e-3, "scaled", 0.0, *3 * (rate,)) for rate in (0.2, 0.1, 0.3)]
+    values += [(6e-3, "scaled", 0.0, *3 * (0.2,)), (3e-3, "scaled", 1.0, *3 * (0.2,))]
+    values += [(3e-3, initial, 0.0, *3 * (0.2,)) for initial in ("uniform", "xavier")]
+    return trials(STREAMS, "experiment", WIKITEXT2_SCALED, values)
+
+
+def wikitext2_tuned() -> Jobs:
+    """Read WikiText-2 as one stream, each model with its best trial of `streams`."""
+    best = {label: best_flags(model, STREAMS) for model, label in NAMES.items()}
+    return {
+        f"{label}, seed {seed}": Job(f"{flags} {best[label]} --seed {seed}")
+        for seed in range(3)
+        for label, flags in WIKITEXT2_SCALED.items()
+    }
+
+
 def first_kernel() -> Jobs:
     """Show one word to the first layer and two to the second: the QRNNs of `seeds` see two in both."""
     return {f"QRNN, seed {seed}": Job(f"{FIRST_KERNEL} --seed {seed}") for seed in range(3)}
@@ -313,14 +336,18 @@ def ptb_quarter() -> Jobs:
     }
 
 
-def trials(search: Search, example: str, flags: str, values: Sequence[tuple[Any, ...]]) -> Jobs:
-    """Return a run of an example with each of these values of what is searched, for both models."""
+def trials(search: Search, module: str, flags: dict[str, str], values: Sequence[tuple[Any, ...]]) -> Jobs:
+    """Return a run of each model, by its flags, with each of these values of what is searched."""
     searched = " ".join(f"--{name.replace('_', '-')} {{}}" for name in search.settings)
     return {
-        f"{label}, trial {number}": Job(f"{flags} --no-test --models {model} {searched.format(*trial)}", example)
+        f"{label}, trial {number}": Job(f"{mine} --no-test {searched.format(*trial)}", module)
         for number, trial in enumerate(values)
-        for model, label in NAMES.items()
+        for label, mine in flags.items()
     }
+
+
+def of_each_model(flags: str) -> dict[str, str]:
+    return {label: f"{flags} --models {model}" for model, label in NAMES.items()}
 
 
 def translators() -> Jobs:
@@ -329,7 +356,7 @@ def translators() -> Jobs:
     values = [(rate, initial, 0.0, 0.1) for initial in ("scaled", "xavier") for rate in rates]
     values += [(4e-3, "uniform", 0.0, 0.1), (4e-3, "scaled", 1.0, 0.1), (4e-3, "xavier", 1.0, 0.1)]
     values += [(4e-3, "scaled", 0.0, 0.2), (1e-3, "scaled", 0.0, 0.1), (1.6e-2, "scaled", 0.0, 0.1)]
-    return trials(TRANSLATORS, "examples.translation", f"{TRANSLATE} --max-length 50", values)
+    return trials(TRANSLATORS, "examples.translation", of_each_model(f"{TRANSLATE} --max-length 50"), values)
 
 
 def translation() -> Jobs:
@@ -345,7 +372,7 @@ def readers() -> Jobs:
     values = [(rate, "scaled", 0.0, 0.5) for rate in (5e-4, 1e-3, 2e-3, 4e-3)]
     values += [(1e-3, "scaled", 0.0, 0.3), (1e-3, "scaled", 1.0, 0.5)]
     values += [(1e-3, "uniform", 0.0, 0.5), (1e-3, "xavier", 0.0, 0.5)]
-    return trials(READERS, "examples.sentiment", "--preset mr", values)
+    return trials(READERS, "examples.sentiment", of_each_model("--preset mr"), values)
 
 
 def folds() -> Jobs:
@@ -373,6 +400,8 @@ STUDIES: dict[str, Callable[[], Jobs]] = {
         ptb_changes,
         ptb_short,
         wikitext2,
+        streams,
+        wikitext2_tuned,
         first_kernel,
         candidates,
         initial,
