@@ -29,20 +29,22 @@ POINTWISE = "torch.associative_scan, pointwise"
 BYTES = {"copy": 8, POINTWISE: 12}  # a number, that a pass from log f and x to h moves at least
 
 
-def content(name: str) -> dict[str, Any]:
-    return json.loads((RESULTS / f"gpu-{name}.json").read_text())
+def contents(name: str) -> dict[str, dict[str, Any]]:
+    """Return the files of a step by their names: one, or two where it took two calls to come to its end."""
+    paths = sorted(RESULTS.glob(f"gpu-{name}*.json"))
+    return {path.name: json.loads(path.read_text()) for path in paths}
 
 
 def frame(name: str, table: str = "rows", **labels: object) -> DataFrame:
-    """Return the rows of a file that have these labels, skipped ones included."""
-    rows = DataFrame(content(name)[table])
+    """Return the rows of a step that have these labels, skipped ones included."""
+    rows = DataFrame([row for content in contents(name).values() for row in content.get(table, [])])
     for label, value in labels.items():
         rows = rows[rows[label] == value]
     return rows
 
 
 def origin(name: str) -> str:
-    return source(f"gpu-{name}.json", content(name)["provenance"])
+    return "\n".join(source(file, content["provenance"]) for file, content in contents(name).items())
 
 
 # --- pooling ---------------------------------------------------------------------------------------------------------
@@ -129,7 +131,7 @@ def compiled(part: str) -> str:
 
 def bradbury() -> str:
     """Compare the language models at the last epoch that both reached and at the best one of each, as a table."""
-    results = [row["result"] for row in content("bradbury")["rows"]]
+    results = frame("bradbury")["result"]
     both = min(len(result["epochs"]) for result in results)
     lines = []
     for result in results:
@@ -145,6 +147,17 @@ def bradbury() -> str:
             }
         )
     return markdown(DataFrame(lines))
+
+
+# --- the tests -------------------------------------------------------------------------------------------------------
+
+
+def tests() -> str:
+    """Say how many tests passed, and which others did not and why, for a sentence."""
+    rows = frame("tests")
+    others = rows[rows["outcome"] != "passed"]
+    reasons = others["test"].map("`{}` was ".format) + others["outcome"] + ": " + others["text"]
+    return f"{len(rows) - len(others)} tests passed. " + " ".join(f"{reason}." for reason in reasons)
 
 
 # --- the count on paper ----------------------------------------------------------------------------------------------
@@ -231,10 +244,11 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "gpu compiled inference": partial(compiled, "inference"),
     "gpu compiled training": partial(compiled, "training"),
     "gpu bradbury": bradbury,
+    "gpu tests": tests,
     "gpu count": counted,
     "gpu expected pooling": expected_pooling,
     "gpu count of a layer": counted_layer,
     "gpu expected layer, eager": partial(expected_layer, "eager"),
     "gpu expected layer, graph": partial(expected_layer, "graph"),
-    **{f"gpu source {name}": partial(origin, name) for name in ("methods", "fig4", "bradbury")},
+    **{f"gpu source {name}": partial(origin, name) for name in ("methods", "fig4", "bradbury", "tests")},
 }

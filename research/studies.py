@@ -15,8 +15,7 @@ ptb_tuned     the same with dropout 0.3, which was best for both models; three s
 ptb_changes   what may close the gap that ptb_scaled leaves, one seed; 4 h
 ptb_short     as ptb with more forms of the QRNN, 3 epochs; 1/2 h
 wikitext2     both models on WikiText-2 as one stream with all its words; 1 1/2 h
-streams       seven trials of each model on WikiText-2 as one stream: the same and dropout; minutes on a GPU
-wikitext2_tuned  both models on WikiText-2 as one stream with their best trials, three seeds; minutes on a GPU
+wikitext2_scaled  the same with less dropout and today's initial weights, three seeds, in float32; for a GPU
 first_kernel  the QRNN of seeds with a first layer that sees one word, three seeds; 1/2 h
 candidates    candidates of the QRNN, one epoch; 1/2 h
 initial       QRNN and LSTM with larger initial candidates, three seeds; 1 1/2 h
@@ -61,7 +60,10 @@ PTB_SCALED = {
     "QRNN": f"{PTB} --initialisation scaled --models qrnn --first-kernel-size 1 --hidden {PTB_WIDTH}",
     "LSTM": f"{PTB} --initialisation scaled --models lstm --hidden 309",
 }
-WIKITEXT2 = f"--preset small {STREAM} --embedding 256 --batch-size 20 --bptt 70 --corpus wikitext-2"
+WIKITEXT2 = (
+    f"--preset small {STREAM} --embedding 256 --batch-size 20 --bptt 70 --corpus wikitext-2 "
+    f"--lr 3e-3 {DROPOUT.format(0.2)}"
+)
 WIKITEXT2_SCALED = {
     "QRNN": f"{WIKITEXT2} --models qrnn --first-kernel-size 1 --hidden 566",
     "LSTM": f"{WIKITEXT2} --models lstm --hidden 512",  # as many recurrent parameters: 402 units
@@ -87,10 +89,12 @@ class Search(NamedTuple):
 
 
 SEARCHED = ("lr", "initialisation", "forget_bias", "dropout")
-DROPOUTS = ("dropout_embedding", "dropout_output")  # in language models
-ONE_WORD = "--preset small --first-kernel-size 1 --hidden 292"
-TUNING = Search("tuning", f"tune {ONE_WORD}", "small", (*SEARCHED, *DROPOUTS, "weight_decay"))
-STREAMS = Search("streams", "studies streams", "small", (*SEARCHED, *DROPOUTS))
+TUNING = Search(
+    "tuning",
+    "tune --preset small",
+    "small",
+    ("lr", "dropout", "dropout_embedding", "dropout_output", "weight_decay"),
+)
 TRANSLATORS = Search("translators", "studies translators", "small", SEARCHED)
 READERS = Search("readers", "studies readers", "mr", SEARCHED, "valid_loss")
 
@@ -168,7 +172,7 @@ def seeds() -> Jobs:
 def tuned() -> Jobs:
     """Train the models of `seeds` with the settings that were best for each in results/tuning.json."""
     return {
-        f"{NAMES[model]}, seed {seed}": Job(f"{ONE_WORD} --models {model} --seed {seed} {best_flags(model, TUNING)}")
+        f"{NAMES[model]}, seed {seed}": Job(f"{SMALL} --models {model} --seed {seed} {best_flags(model, TUNING)}")
         for seed, model in SEEDED
     }
 
@@ -249,19 +253,10 @@ def wikitext2() -> Jobs:
     return {label: Job(f"{flags} --models {model}") for model, label in NAMES.items()}
 
 
-def streams() -> Jobs:
-    """Give both models of WikiText-2 as a stream the same seven trials, as long as the runs of `wikitext2_tuned`."""
-    values = [(3e-3, "scaled", 0.0, *3 * (rate,)) for rate in (0.2, 0.1, 0.3)]
-    values += [(6e-3, "scaled", 0.0, *3 * (0.2,)), (3e-3, "scaled", 1.0, *3 * (0.2,))]
-    values += [(3e-3, initial, 0.0, *3 * (0.2,)) for initial in ("uniform", "xavier")]
-    return trials(STREAMS, "experiment", WIKITEXT2_SCALED, values)
-
-
-def wikitext2_tuned() -> Jobs:
-    """Read WikiText-2 as one stream, each model with its best trial of `streams`."""
-    best = {label: best_flags(model, STREAMS) for model, label in NAMES.items()}
+def wikitext2_scaled() -> Jobs:
+    """Repeat `wikitext2` with today's initial weights, less dropout and a QRNN whose first layer sees one word."""
     return {
-        f"{label}, seed {seed}": Job(f"{flags} {best[label]} --seed {seed}")
+        f"{label}, seed {seed}": Job(f"{flags} --seed {seed}")
         for seed in range(3)
         for label, flags in WIKITEXT2_SCALED.items()
     }
@@ -400,8 +395,7 @@ STUDIES: dict[str, Callable[[], Jobs]] = {
         ptb_changes,
         ptb_short,
         wikitext2,
-        streams,
-        wikitext2_tuned,
+        wikitext2_scaled,
         first_kernel,
         candidates,
         initial,

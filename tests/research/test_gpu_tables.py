@@ -14,11 +14,12 @@ from benchmarks import count, gpu_tables
 from benchmarks.gpu import layer, layer_call
 from benchmarks.record import RESULTS
 
-MEASURED = pytest.mark.parametrize("name", ("methods", "fig4", "bradbury"))
+FILES = sorted(RESULTS.glob("gpu-*.json"))
 
 
 def rows(name: str, **labels: object) -> list[dict]:
-    found = json.loads((RESULTS / f"gpu-{name}.json").read_text())["rows"]
+    files = [path for path in FILES if path.name.startswith(f"gpu-{name}")]
+    found = [row for path in files for row in json.loads(path.read_text())["rows"]]
     return [row for row in found if all(row.get(label) == value for label, value in labels.items())]
 
 
@@ -27,9 +28,9 @@ def cells(table: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
 
-@MEASURED
-def test_a_record_says_where_it_comes_from_and_no_path_of_a_machine(name):
-    text = (RESULTS / f"gpu-{name}.json").read_text()
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_a_record_says_where_it_comes_from_and_no_path_of_a_machine(path):
+    text = path.read_text()
     provenance = json.loads(text)["provenance"]
     assert provenance["machine"]["gpu"] and provenance["command"].startswith("python -m benchmarks.gpu ")
     assert not any(folder in text for folder in ("/home", "/root", "/tmp", "/opt", "/work"))
@@ -39,7 +40,7 @@ def test_a_record_says_where_it_comes_from_and_no_path_of_a_machine(name):
 def test_a_cell_of_the_grid_is_the_lstms_time_over_the_qrnns(part):
     header, *lines = cells(gpu_tables.grid(part))
     place = {name: column for column, name in enumerate(header)}
-    for batch, length in ((8, 32), (256, 256)):
+    for batch, length in ((8, 32), (256, 512)):
         found = rows("fig4", B=batch, T=length, part=part, tf32=True)
         ms = {(row["what"], row["form"]): row["ms"] for row in found}
         wanted = [
@@ -50,6 +51,11 @@ def test_a_cell_of_the_grid_is_the_lstms_time_over_the_qrnns(part):
         (line,) = [line for line in lines if line[0] == str(batch)]
         shown = line[place[f"T = {length}"]].split(" / ")
         assert shown[-3:] == [f"{ratio:.1f}" for ratio in wanted]
+
+
+def test_no_cell_of_the_grid_was_measured_twice():
+    measured = [tuple(row[key] for key in ("B", "T", "part", "tf32", "what", "form")) for row in rows("fig4")]
+    assert len(measured) == len(set(measured))
 
 
 def test_the_papers_grid_stands_first_in_inference():
@@ -76,6 +82,13 @@ def test_the_language_models_are_compared_at_the_same_epoch_too():
     header, *lines = cells(gpu_tables.bradbury())
     assert header[1] == f"validation, epoch {both}"
     assert [line[1] for line in lines] == [f"{curves[name][both - 1]['valid_perplexity']:.1f}" for name in curves]
+
+
+def test_tests_that_did_not_pass_are_named_with_their_reason():
+    said = gpu_tables.tests()
+    others = [row for row in rows("tests") if row["outcome"] != "passed"]
+    assert said.startswith(f"{len(rows('tests')) - len(others)} tests passed. ")
+    assert all(f"`{row['test']}` was {row['outcome']}: {row['text']}." in said for row in others)
 
 
 # --- the count on paper ----------------------------------------------------------------------------------------------

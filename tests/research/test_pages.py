@@ -309,6 +309,8 @@ def different(run: dict, job: jobs.Job) -> set[str]:
     chosen = json.loads(json.dumps(jobs.settings(job)))
     if job.module == "research.closed_form":
         del chosen["method"]  # which counts for nothing there
+    if run["config"].get("device") == run["machine"]["device"]:
+        del chosen["device"]  # what `auto` takes there, by its name
     return {name for name, value in chosen.items() if run["config"].get(name, value) != value}
 
 

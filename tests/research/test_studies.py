@@ -76,7 +76,19 @@ def test_the_lstm_on_the_penn_treebank_has_256_units():
 
 
 @pytest.mark.parametrize(
-    "study", ["ablation", "longer", "ptb", "ptb_short", "wikitext2", "candidates", "ptb_quarter", "ptb_changes"]
+    "study",
+    [
+        "ablation",
+        "longer",
+        "ptb",
+        "ptb_short",
+        "wikitext2",
+        "wikitext2_scaled",
+        "candidates",
+        "ptb_quarter",
+        "ptb_tuned",
+        "ptb_changes",
+    ],
 )
 def test_compared_models_have_as_many_recurrent_parameters(study):
     configs = [run.config for run in STUDIES[study]().values()]
