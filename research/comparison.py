@@ -142,15 +142,15 @@ COMPARISONS: dict[str, Callable[[], Compared | None]] = {
     "WikiText-2, sentences, both tuned": test_perplexities("tuned"),
     "WikiText-2, one stream, perplexity": test_perplexities("wikitext2"),
     "WikiText-2, one stream, larger initial weights": test_perplexities("wikitext2_scaled"),
-    "Penn Treebank, one stream, perplexity": test_perplexities("ptb"),
-    "Penn Treebank, one stream, larger initial weights": test_perplexities("ptb_scaled"),
-    "Penn Treebank, one stream, the same with dropout 0.3": test_perplexities("ptb_tuned"),
+    "Penn Treebank, one stream, larger initial weights, dropout 0.4": test_perplexities("ptb_scaled"),
+    "Penn Treebank, one stream, larger initial weights, dropout 0.3": test_perplexities("ptb_tuned"),
     "translation of Multi30k, BLEU": translations,
     "film reviews, accuracy in %": reviews,
 }
 
 
 ALL = COMPARISONS | {
+    "Penn Treebank, one stream, perplexity": test_perplexities("ptb"),
     "WikiText-2, sentences, dense, validation perplexity": best_dense,
 }
 

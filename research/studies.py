@@ -222,15 +222,17 @@ def ptb_tuned() -> Jobs:
 
 
 def ptb_changes() -> Jobs:
-    """Change one thing in the models of `ptb_scaled`, seed 0, on the whole text and to the end."""
+    """Change one thing in the models of `ptb_scaled`, seed 0, and one more where dropout is at its best."""
     jobs = {}
     for label, flags in PTB_SCALED.items():
         whole = f"{flags} --epochs 15"
         jobs[f"{label}, skip connection"] = Job(whole, "research.variants skip")
         jobs |= {f"{label}, dropout {rate}": Job(f"{whole} {DROPOUT.format(rate)}") for rate in (0.2, 0.3, 0.5)}
-        jobs[f"{label}, locked dropout"] = Job(whole, "research.variants locked")
-        jobs[f"{label}, weight decay 0.1"] = Job(f"{whole} --weight-decay 0.1")
-    return jobs | {"QRNN, zoneout 0.1": Job(f"{PTB_SCALED['QRNN']} --epochs 15 --zoneout 0.1")}
+        best = f"{whole} {DROPOUT.format(0.3)}"
+        jobs[f"{label}, dropout 0.3, locked"] = Job(best, "research.variants locked")
+        jobs[f"{label}, dropout 0.3, weight decay 0.1"] = Job(f"{best} --weight-decay 0.1")
+    zoneout = f"{PTB_SCALED['QRNN']} --epochs 15 {DROPOUT.format(0.3)} --zoneout 0.1"
+    return jobs | {"QRNN, dropout 0.3, zoneout 0.1": Job(zoneout)}
 
 
 def ptb_short() -> Jobs:
