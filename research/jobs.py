@@ -167,7 +167,7 @@ def settings(job: Job) -> dict[str, Any]:
     """
     chosen = job.config.deciding()
     del chosen["preset"]
-    for name, value in (("first_kernel_size", None), ("initialisation", "uniform")):
+    for name, value in (("first_kernel_size", None), ("initialisation", "uniform"), ("bidirectional", False)):
         if chosen.get(name) == value:  # as in the runs on record, which had no such flag
             chosen.pop(name, None)
     return chosen

@@ -21,12 +21,13 @@ candidates    candidates of the QRNN, one epoch; 1/2 h
 initial       QRNN and LSTM with larger initial candidates, three seeds; 1 1/2 h
 ptb_quarter   what helps on a quarter of the Penn Treebank as one stream, 8 epochs, one seed; 1 1/2 h
 translators   twelve trials of each translator: learning rate, initial weights, dropout; 1/2 h
+both_ways     an LSTM whose encoder reads both ways, three rates; 1/4 h
 translation   both translators with their best trials on all pairs; 1 h
 readers       eight trials of each reader of film reviews: learning rate, initial weights, dropout; 3/4 h
 folds         both readers with their best trials, each tenth of the reviews once for test; 1 h
 
 --data is a folder with the files of WikiText-2; for numerics and the studies named ptb, of the Penn Treebank; for
-translators and translation, of Multi30k; for readers and folds, of rt-polarity.
+translators, both_ways and translation, of Multi30k; for readers and folds, of rt-polarity.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ STREAMED = f"{SMALL} {STREAM} --embedding 256 --batch-size 20 --bptt 70"  # as p
 LARGER = "research.variants gain"  # initial candidates, of either model
 FIRST_KERNEL = f"{SMALL} --models qrnn --first-kernel-size 1 --hidden 292"
 TRANSLATE = "--preset small --epochs 3"
+BOTH_RATES = ("1e-3", "2e-3", "4e-3")
 PTB_WIDTH = 359  # of two layers, the first of which sees one word
 PTB = f"{STREAMED} --corpus ptb --lr 4e-3 {DROPOUT.format(0.4)}"
 PTB_SCALED = {
@@ -356,6 +358,12 @@ def translators() -> Jobs:
     return trials(TRANSLATORS, "examples.translation", of_each_model(f"{TRANSLATE} --max-length 50"), values)
 
 
+def both_ways() -> Jobs:
+    """Let the encoder of the LSTM read both ways, with the weights and dropout of its best trial of `translators`."""
+    flags = f"{TRANSLATE} --max-length 50 --no-test --models lstm --bidirectional"
+    return {f"LSTM, learning rate {rate}": Job(f"{flags} --lr {rate}", "examples.translation") for rate in BOTH_RATES}
+
+
 def translation() -> Jobs:
     """Train on all pairs, each model with its best trial of `translators`."""
     return {
@@ -403,6 +411,7 @@ STUDIES: dict[str, Callable[[], Jobs]] = {
         initial,
         ptb_quarter,
         translators,
+        both_ways,
         translation,
         readers,
         folds,

@@ -40,6 +40,8 @@ class Translation(Chosen):
     """QRNN: how many characters the encoder's first layer sees at each step."""
     causal_encoder: bool = False
     """QRNN: hide later steps from the encoder's layers. The paper does not."""
+    bidirectional: bool = False
+    """LSTM: let the encoder read the source both ways, each with half of the units."""
 
     beam_size: Annotated[int, Range(low=1, high=1000)] = 8
     """How many translations of a sentence the beam search follows at a time."""
@@ -69,11 +71,14 @@ class Config(RunConfig, Translation):  # in --help the fields of the last base c
         """Check every value before any work starts.
 
         Raises:
-            InputError: if one is out of range, or --data is given for strings that are generated.
+            InputError: if one is out of range, --data is given for strings that are generated, or a width is odd that
+                must be halved.
         """
         super().check()
         if self.corpus == "reversed" and self.data is not None:
             raise InputError(f"--data {self.data}: given for strings that are generated; leave out --data or --demo")
+        if self.bidirectional and not self.match and self.hidden % 2:
+            raise InputError(f"--hidden {self.hidden}: an even number expected with --bidirectional")
         check_text("translate", self.translate or "")
 
 

@@ -44,6 +44,11 @@ class LSTMSeq2Seq(nn.Module):
         hidden_size: units H of every layer.
         num_layers: layers L of the encoder, and of the decoder.
         dropout: probability of dropout on the outputs of each layer but the last, in training.
+        bidirectional: whether the encoder reads the source both ways, in each direction with H / 2 units. Its last
+            states of both are joined to those that the decoder starts from (Bahdanau et al. 2015, arXiv 1409.0473).
+
+    Raises:
+        ValueError: if the units of a bidirectional encoder cannot be halved.
     """
 
     def __init__(
@@ -54,12 +59,23 @@ class LSTMSeq2Seq(nn.Module):
         hidden_size: int,
         num_layers: int,
         dropout: float = 0.0,
+        bidirectional: bool = False,
     ) -> None:
         super().__init__()
+        directions = 1 + bidirectional
+        if hidden_size % directions:
+            raise ValueError(f"hidden_size {hidden_size}: an even number expected, for each direction has half of it")
         dropout = dropout if num_layers > 1 else 0.0  # nn.LSTM warns if there is nothing to drop
         self.source_embedding = nn.Embedding(source_vocabulary, embedding_size)
         self.target_embedding = nn.Embedding(target_vocabulary, embedding_size)
-        self.encoder = nn.LSTM(embedding_size, hidden_size, num_layers, batch_first=True, dropout=dropout)
+        self.encoder = nn.LSTM(
+            embedding_size,
+            hidden_size // directions,
+            num_layers,
+            batch_first=True,
+            dropout=dropout,
+            bidirectional=bidirectional,
+        )
         self.decoder = nn.LSTM(embedding_size, hidden_size, num_layers, batch_first=True, dropout=dropout)
         self.attended = nn.Linear(2 * hidden_size, hidden_size)
         self.output = nn.Linear(hidden_size, target_vocabulary)
@@ -80,7 +96,8 @@ class LSTMSeq2Seq(nn.Module):
     def start(self, source: Tensor, source_lengths: Tensor) -> LSTMState:
         """Encode the source; arguments as in `forward`. The state is that of an empty target."""
         padding = torch.arange(source.shape[1], device=source.device) >= source_lengths.unsqueeze(1)  # (B, S)
-        keys, h, c = self._encode(self.source_embedding(source), source_lengths)
+        encode = self._encode_both_ways if self.encoder.bidirectional else self._encode
+        keys, h, c = encode(self.source_embedding(source), source_lengths)
         return LSTMState(h, c, keys, padding)
 
     def _encode(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -101,6 +118,14 @@ class LSTMSeq2Seq(nn.Module):
         beyond = rest.new_zeros(len(x), *rest.shape[1:]).index_copy(0, longer, rest)
         h, c = (before.index_copy(1, longer, after) for before, after in zip((h, c), last, strict=True))
         return torch.cat([outputs, beyond], dim=1), h, c
+
+    def _encode_both_ways(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Do what `_encode` does; the second direction ends at the first token."""
+        packed = pack_padded_sequence(x, lengths.cpu(), batch_first=True, enforce_sorted=False)
+        packed, last = self.encoder(packed)
+        keys, _ = pad_packed_sequence(packed, batch_first=True, total_length=x.shape[1])  # (B, S, H)
+        h, c = (torch.cat([state[::2], state[1::2]], dim=2) for state in last)  # (2L, B, H/2) -> (L, B, H)
+        return keys, h, c
 
     def step(self, tokens: Tensor, state: LSTMState) -> tuple[Tensor, LSTMState, Tensor]:
         """Make one step of a generation: what `forward` does, a token at a time.

@@ -38,7 +38,9 @@ def build_qrnn(config: Config, hidden: int, vocabulary: int) -> QRNNSeq2Seq:
 
 
 def build_lstm(config: Config, hidden: int, vocabulary: int) -> LSTMSeq2Seq:
-    return LSTMSeq2Seq(vocabulary, vocabulary, config.embedding, hidden, config.layers, config.dropout)
+    return LSTMSeq2Seq(
+        vocabulary, vocabulary, config.embedding, hidden, config.layers, config.dropout, config.bidirectional
+    )
 
 
 def build_model(config: Config, name: str, vocabulary: int) -> Translator:
@@ -46,10 +48,11 @@ def build_model(config: Config, name: str, vocabulary: int) -> Translator:
     builders: dict[str, Callable[[Config, int, int], Translator]] = {"qrnn": build_qrnn, "lstm": build_lstm}
     hidden, build = config.hidden, builders[name]
     if name == "lstm" and config.match:
-        hidden = lstm_width(
+        directions = 1 + config.bidirectional  # which share the units
+        hidden = directions * lstm_width(
             hidden,
             lambda width: recurrent_part(build_qrnn(config, width, vocabulary)),
-            lambda width: recurrent_part(build_lstm(config, width, vocabulary)),
+            lambda width: recurrent_part(build_lstm(config, directions * width, vocabulary)),
         )
     torch.manual_seed(config.seed)
     model = build(config, hidden, vocabulary)

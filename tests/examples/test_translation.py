@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,7 @@ from examples.translation.data import (
     read_parallel,
     reversed_strings,
 )
+from examples.translation.lstm_seq2seq import LSTMSeq2Seq
 from examples.translation.model import build_model, build_qrnn, next_character_loss, recurrent_part
 from lab.batches import IGNORE
 from lab.command_line import parse
@@ -56,7 +58,7 @@ TINY += [
 ]
 NUMBERS = {"train": (0, 80), "val": (80, 90), "test_2016_flickr": (90, 102)}
 
-both_models = pytest.mark.parametrize("name", ("qrnn", "lstm"))
+both_models = pytest.mark.parametrize("name", ("qrnn", "lstm", "lstm --bidirectional"))
 
 
 @pytest.fixture(autouse=True)
@@ -207,7 +209,8 @@ def test_the_source_is_read_backwards_unless_told_otherwise():
 
 def make_model(name: str, *flags: str) -> tuple[Translating, torch.nn.Module]:
     """In float64, in evaluation mode."""
-    task = make_task("--layers", "3", *flags)
+    name, *more = name.split()
+    task = make_task("--layers", "3", *more, *flags)
     return task, task.build(name).double().eval()
 
 
@@ -270,9 +273,10 @@ def test_nothing_of_later_targets_is_seen(name):
     assert torch.equal(one[:, :-1], two[:, :-1]) and not torch.equal(one[:, -1], two[:, -1])
 
 
+@pytest.mark.parametrize("bidirectional", (False, True))
 @pytest.mark.parametrize("preset", PRESETS)
-def test_widths_are_matched_within_one_per_cent(preset):
-    config = PRESETS[preset]
+def test_widths_are_matched_within_one_per_cent(preset, bidirectional):
+    config = replace(PRESETS[preset], bidirectional=bidirectional)
     with torch.device("meta"):
         target = count_parameters(recurrent_part(build_qrnn(config, config.hidden, 100)))
         lstm = build_model(config, "lstm", 100)
@@ -280,6 +284,25 @@ def test_widths_are_matched_within_one_per_cent(preset):
     outside = (lstm.source_embedding, lstm.target_embedding, lstm.output)
     assert count_parameters(lstm) == count_parameters(recurrent_part(lstm)) + sum(map(count_parameters, outside))
     config.check()
+
+
+def test_an_encoder_that_reads_both_ways_starts_the_decoder_from_both_ends():
+    torch.manual_seed(0)
+    model = LSTMSeq2Seq(9, 9, 4, 6, num_layers=2, bidirectional=True)
+    source, lengths = torch.randint(9, (1, 5)), torch.tensor([5])
+    state = model.start(source, lengths)
+    outputs, (_, c) = model.encoder(model.source_embedding(source))
+    torch.testing.assert_close(state.keys, outputs)
+    torch.testing.assert_close(state.h[1, 0], torch.cat([outputs[0, -1, :3], outputs[0, 0, 3:]]))  # the last layer's
+    torch.testing.assert_close(state.c[0, 0], torch.cat([c[0, 0], c[1, 0]]))  # the first layer's
+    with pytest.raises(ValueError, match="hidden_size 7: an even number expected"):
+        LSTMSeq2Seq(9, 9, 4, 7, num_layers=2, bidirectional=True)
+
+
+def test_an_odd_width_for_both_ways_is_refused_before_any_work(capsys):
+    assert main([*TINY, "--hidden", "7", "--no-match", "--bidirectional", "--name", "x"]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "--hidden 7" in line and "--bidirectional" in line and not Path("runs/x").exists()
 
 
 def test_the_default_is_the_papers_setting():
