@@ -21,8 +21,8 @@ candidates    candidates of the QRNN, one epoch; 1/2 h
 initial       QRNN and LSTM with larger initial candidates, three seeds; 1 1/2 h
 ptb_quarter   what helps on a quarter of the Penn Treebank as one stream, 8 epochs, one seed; 1 1/2 h
 translators   twelve trials of each translator: learning rate, initial weights, dropout; 1/2 h
-both_ways     an LSTM whose encoder reads both ways, three rates; 1/4 h
-translation   both translators with their best trials on all pairs; 1 h
+both_ways     the same trials of an LSTM whose encoder reads both ways; 1/4 h
+translation   all three translators with their best trials on all pairs; 1 1/2 h
 readers       eight trials of each reader of film reviews: learning rate, initial weights, dropout; 3/4 h
 folds         both readers with their best trials, each tenth of the reviews once for test; 1 h
 
@@ -55,7 +55,7 @@ STREAMED = f"{SMALL} {STREAM} --embedding 256 --batch-size 20 --bptt 70"  # as p
 LARGER = "research.variants gain"  # initial candidates, of either model
 FIRST_KERNEL = f"{SMALL} --models qrnn --first-kernel-size 1 --hidden 292"
 TRANSLATE = "--preset small --epochs 3"
-BOTH_RATES = ("1e-3", "2e-3", "4e-3")
+SHORT_PAIRS = f"{TRANSLATE} --max-length 50"
 PTB_WIDTH = 359  # of two layers, the first of which sees one word
 PTB = f"{STREAMED} --corpus ptb --lr 4e-3 {DROPOUT.format(0.4)}"
 PTB_SCALED = {
@@ -81,6 +81,7 @@ class Search(NamedTuple):
         preset: of the trials.
         settings: what differs between them.
         score: of a trial on validation; lower is better.
+        models: that get the trials.
     """
 
     name: str
@@ -88,6 +89,7 @@ class Search(NamedTuple):
     preset: str
     settings: tuple[str, ...]
     score: str = "valid_perplexity"
+    models: tuple[str, ...] = tuple(NAMES)
 
 
 SEARCHED = ("lr", "initialisation", "forget_bias", "dropout")
@@ -98,6 +100,7 @@ TUNING = Search(
     ("lr", "dropout", "dropout_embedding", "dropout_output", "weight_decay"),
 )
 TRANSLATORS = Search("translators", "studies translators", "small", SEARCHED)
+BOTH_WAYS = Search("both_ways", "studies both_ways", "small", SEARCHED, models=("lstm",))
 READERS = Search("readers", "studies readers", "mr", SEARCHED, "valid_loss")
 
 
@@ -183,18 +186,18 @@ def best_flags(model: str, search: Search) -> str:
     """Return the flags of the model's trial that was best on validation.
 
     Raises:
-        InputError: if the models do not have the same trials.
+        InputError: if the models of the search do not have the same trials.
     """
-    trials: dict[str, dict[tuple[Any, ...], float]] = {name: {} for name in NAMES}  # values -> score
+    trials: dict[str, dict[tuple[Any, ...], float]] = {name: {} for name in search.models}  # values -> score
     for run in on_record(search.name).values():
         config = run.get("config", {})  # none where it failed
         if config.get("preset") == search.preset:
             (result,) = run["models"]
             trials[result["model"]][tuple(config[name] for name in search.settings)] = result[search.score]
     tried = [set(mine) for mine in trials.values()]
-    if not all(tried) or tried[0] != tried[1]:
+    if not all(tried) or tried[0] != tried[-1]:
         way_out = f"run `python -m research.{search.command}` first"
-        raise InputError(f"{search.name}.json lacks the same trials of both models; {way_out}")
+        raise InputError(f"{search.name}.json lacks the same trials of all models; {way_out}")
     best = min(trials[model], key=trials[model].__getitem__)
     return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in zip(search.settings, best, strict=True))
 
@@ -351,25 +354,27 @@ def of_each_model(flags: str) -> dict[str, str]:
 
 def translators() -> Jobs:
     """Give both translators the same twelve trials, on the pairs that are at most fifty characters long."""
+    return translator_trials(TRANSLATORS, of_each_model(SHORT_PAIRS))
+
+
+def both_ways() -> Jobs:
+    """Give the trials of `translators` to an LSTM whose encoder reads both ways."""
+    return translator_trials(BOTH_WAYS, {"LSTM": f"{SHORT_PAIRS} --models lstm --bidirectional"})
+
+
+def translator_trials(search: Search, flags: dict[str, str]) -> Jobs:
     rates = (2e-3, 4e-3, 8e-3)
     values = [(rate, initial, 0.0, 0.1) for initial in ("scaled", "xavier") for rate in rates]
     values += [(4e-3, "uniform", 0.0, 0.1), (4e-3, "scaled", 1.0, 0.1), (4e-3, "xavier", 1.0, 0.1)]
     values += [(4e-3, "scaled", 0.0, 0.2), (1e-3, "scaled", 0.0, 0.1), (1.6e-2, "scaled", 0.0, 0.1)]
-    return trials(TRANSLATORS, "examples.translation", of_each_model(f"{TRANSLATE} --max-length 50"), values)
-
-
-def both_ways() -> Jobs:
-    """Let the encoder of the LSTM read both ways, with the weights and dropout of its best trial of `translators`."""
-    flags = f"{TRANSLATE} --max-length 50 --no-test --models lstm --bidirectional"
-    return {f"LSTM, learning rate {rate}": Job(f"{flags} --lr {rate}", "examples.translation") for rate in BOTH_RATES}
+    return trials(search, "examples.translation", flags, values)
 
 
 def translation() -> Jobs:
-    """Train on all pairs, each model with its best trial of `translators`."""
-    return {
-        label: Job(f"{TRANSLATE} --models {model} {best_flags(model, TRANSLATORS)}", "examples.translation")
-        for model, label in NAMES.items()
-    }
+    """Train on all pairs, each model with its best trial of `translators` or `both_ways`."""
+    flags = {label: f"--models {model} {best_flags(model, TRANSLATORS)}" for model, label in NAMES.items()}
+    flags["LSTM, reads both ways"] = f"--models lstm --bidirectional {best_flags('lstm', BOTH_WAYS)}"
+    return {label: Job(f"{TRANSLATE} {mine}", "examples.translation") for label, mine in flags.items()}
 
 
 def readers() -> Jobs:

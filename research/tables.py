@@ -196,7 +196,7 @@ STUDIES: dict[str, Callable[[DataFrame], str]] = {
     "initial": initial,
     "candidates": partial(study, first="candidate", by_value=True),
     "translators": partial(trials, settings=TRIAL_FORMS),
-    "both_ways": partial(study, first="encoder that reads both ways"),
+    "both_ways": partial(trials, settings=TRIAL_FORMS),
     "translation": translation,
     "readers": partial(trials, settings=TRIAL_FORMS, score="valid_loss", digits="{:.3f}"),
     "folds": folds,

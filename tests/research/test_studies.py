@@ -25,7 +25,7 @@ from qrnn import QRNN
 from qrnn_layer import QRNNLayer, QRNNState
 from research import closed_form, context, jobs, tune
 from research.jobs import Job, identity
-from research.studies import READERS, STUDIES, TRANSLATORS, TUNING, main
+from research.studies import BOTH_WAYS, READERS, STUDIES, TRANSLATORS, TUNING, main
 
 ROOT = Path(__file__).parents[2]
 TINY = "--preset demo --corpus text --embedding 8 --hidden 8 --epochs 1 --device cpu"
@@ -53,10 +53,11 @@ def write_tuning(folder: Path) -> None:
     runs = {"a": trial("qrnn", 0.002, 120.0), "b": trial("qrnn", 0.003, 100.0), "c": trial("lstm", 0.002, 110.0)}
     runs |= {"e": trial("lstm", 0.003, 115.0)}
     runs["d"] = {"error": "exit code 1: diverged"}
-    for search in (TUNING, TRANSLATORS, READERS):
+    for search in (TUNING, TRANSLATORS, BOTH_WAYS, READERS):
         for run in runs.values():
             run.get("config", {})["preset"] = search.preset
-        (folder / f"{search.name}.json").write_text(json.dumps({"runs": runs}))
+        mine = {key: run for key, run in runs.items() if run.get("models", [{}])[0].get("model") != "qrnn"}
+        (folder / f"{search.name}.json").write_text(json.dumps({"runs": mine if search is BOTH_WAYS else runs}))
 
 
 @pytest.mark.parametrize("study", STUDIES)
@@ -111,7 +112,12 @@ def test_compared_models_get_the_trial_that_was_best_on_validation(tmp_path, mon
     assert {config.lr for label, config in configs.items() if label.startswith("QRNN")} == {0.003}
     assert {config.lr for label, config in configs.items() if label.startswith("LSTM")} == {0.002}
     assert all(config.dropout_output == 0.3 and config.weight_decay == 0.02 for config in configs.values())
-    assert [run.config.lr for run in STUDIES["translation"]().values()] == [0.003, 0.002]
+    translators = STUDIES["translation"]().values()
+    assert [(run.config.lr, run.config.bidirectional) for run in translators] == [
+        (0.003, False),
+        (0.002, False),
+        (0.002, True),
+    ]
     assert [run.config.lr for run in STUDIES["folds"]().values()] == [0.003, 0.002] * 10
 
 
