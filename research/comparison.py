@@ -125,10 +125,15 @@ def reviews() -> Compared | None:
     return over_folds(both["qrnn"], both["lstm"]) if len(both) > 1 else None
 
 
-def translations() -> Compared | None:
-    """Return the BLEU of both translators."""
-    runs = {run["model"]: run for _, run in finished_runs("translation").iterrows()}
-    return over_sentences(runs["qrnn"], runs["lstm"]) if len(runs) == 2 else None
+def translations(lstm: str) -> Callable[[], Compared | None]:
+    """Compare BLEU of the QRNN with that of an LSTM, by its label in the study."""
+
+    def make() -> Compared | None:
+        runs = finished_runs("translation")
+        both = {"QRNN", lstm} <= {*runs.index}
+        return over_sentences(dict(runs.loc["QRNN"]), dict(runs.loc[lstm])) if both else None
+
+    return make
 
 
 def test_perplexities(study: str) -> Callable[[], Compared | None]:
@@ -144,13 +149,14 @@ COMPARISONS: dict[str, Callable[[], Compared | None]] = {
     "WikiText-2, one stream, larger initial weights": test_perplexities("wikitext2_scaled"),
     "Penn Treebank, one stream, larger initial weights, dropout 0.4": test_perplexities("ptb_scaled"),
     "Penn Treebank, one stream, larger initial weights, dropout 0.3": test_perplexities("ptb_tuned"),
-    "translation of Multi30k, BLEU": translations,
+    "translation of Multi30k, LSTM reads both ways, BLEU": translations("LSTM, reads both ways"),
     "film reviews, accuracy in %": reviews,
 }
 
 
 ALL = COMPARISONS | {
     "Penn Treebank, one stream, perplexity": test_perplexities("ptb"),
+    "translation of Multi30k, LSTM reads one way, BLEU": translations("LSTM"),
     "WikiText-2, sentences, dense, validation perplexity": best_dense,
 }
 

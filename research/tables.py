@@ -73,7 +73,7 @@ def longer(runs: DataFrame) -> str:
 
 
 def trials(runs: DataFrame, settings: dict[str, str], score: str = "valid_perplexity", digits: str = "{:.2f}") -> str:
-    """Return a row for each trial, which is the same for both models, the best of each in bold.
+    """Return a row for each trial, a column for each model that has it, the best of each in bold.
 
     Args:
         runs: on record.
@@ -81,9 +81,10 @@ def trials(runs: DataFrame, settings: dict[str, str], score: str = "valid_perple
         score: what a trial is judged by, on validation; lower is better.
         digits: how it is written.
     """
-    scores = runs.pivot(index=[*settings], columns="model", values=score).reindex(columns=[*NAMES])
+    scores = runs.pivot(index=[*settings], columns="model", values=score)
     title = score.replace("valid_", "validation ")
-    cells = {f"{label}, {title}": best_in_bold(scores[name], digits) for name, label in NAMES.items()}
+    names = [name for name in NAMES if name in scores]
+    cells = {f"{NAMES[name]}, {title}": best_in_bold(scores[name], digits) for name in names}
     values = scores.index.to_frame(index=False)
     shown = DataFrame({name.replace("_", " "): values[name].map(form.format) for name, form in settings.items()})
     return markdown(shown.rename(columns={"lr": "learning rate"}).assign(**cells))

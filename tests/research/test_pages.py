@@ -150,7 +150,7 @@ def test_seeds_are_averaged_and_the_best_trial_is_bold(write):
         ["0.02", "0.20", "0.001", "2", "", "**98.00**"],
     ]
     write("tuning", a=run("qrnn", 92.0, None))
-    assert cells(tables.tuning(finished_runs("tuning"))) == [["0.01", "0.20", "0.001", "2", "**92.00**", ""]]
+    assert cells(tables.tuning(finished_runs("tuning"))) == [["0.01", "0.20", "0.001", "2", "**92.00**"]]
 
 
 def test_a_study_can_be_sorted_and_shows_each_epoch(write):
