@@ -64,18 +64,13 @@ def evaluation_batches(config: Config, sequences: list[torch.Tensor]) -> Batches
     return StreamBatches(sequences, 1, EVALUATION_WINDOW)
 
 
-def dropout_between(config: Config) -> float:
-    """Return the dropout between layers; with one layer there is none, and both classes would warn."""
-    return config.dropout if config.layers > 1 else 0.0
-
-
 def build_qrnn(config: Config, hidden: int) -> QRNN:
     return QRNN(
         config.embedding,
         hidden,
         config.layers,
         batch_first=True,
-        dropout=dropout_between(config),
+        dropout=config.dropout_between,
         kernel_size=config.kernel_size,
         first_kernel_size=config.first_kernel_size or config.kernel_size,
         mode=config.mode,
@@ -87,7 +82,7 @@ def build_qrnn(config: Config, hidden: int) -> QRNN:
 
 
 def build_lstm(config: Config, hidden: int) -> nn.LSTM | DenseLSTM:
-    dropout = dropout_between(config)
+    dropout = config.dropout_between
     if config.dense:
         return DenseLSTM(config.embedding, hidden, config.layers, dropout)
     return nn.LSTM(config.embedding, hidden, config.layers, batch_first=True, dropout=dropout)

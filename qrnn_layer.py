@@ -90,18 +90,18 @@ class QRNNLayer(nn.Module):
         expect(str(mode) in MODES, "mode", mode, f"one of {', '.join(MODES)}")
         expect(str(activation) in ACTIVATIONS, "activation", activation, f"one of {', '.join(ACTIVATIONS)}")
         expect(str(method) in ("auto", *METHODS), "method", method, f"auto or one of {', '.join(METHODS)}")
-        expect(isinstance(bias, int) and bias in (0, 1), "bias", bias, "True or False", TypeError)
+        expect(type(bias).__name__ in ("bool", "bool_", "int") and bias in (0, 1), "bias", bias, "a bool", TypeError)
         expect(getattr(dtype, "is_floating_point", dtype is None), "dtype", dtype, "a floating dtype")
         self.input_size, self.hidden_size = check_size("input_size", input_size), check_size("hidden_size", hidden_size)
         self.kernel_size, self.zoneout = check_size("kernel_size", kernel_size), check_probability("zoneout", zoneout)
-        self.mode, self.activation, self.method = mode, activation, method
-        rows = MODES[mode] * self.hidden_size
+        self.mode, self.activation, self.method = str(mode), str(activation), str(method)
+        rows = MODES[self.mode] * self.hidden_size
         self.weight = nn.Parameter(torch.empty(rows, self.kernel_size * self.input_size, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(rows, device=device, dtype=dtype)) if bias else None
         self.reset_parameters()
 
     def reset_parameters(self, forget_bias: float = 0.0) -> None:
-        """Draw uniformly from +-1/sqrt(K F), as nn.Conv1d does. A positive `forget_bias` remembers longer at first."""
+        """Draw from +-1/sqrt(K F), weights of z from `GAINS` times that. A `forget_bias` > 0 remembers longer first."""
         expect(isinstance(forget_bias, Real) and math.isfinite(forget_bias), "forget_bias", forget_bias, "a number")
         expect(self.bias is not None or not forget_bias, "forget_bias", forget_bias, "0 for a layer without bias")
         bound = 1 / math.sqrt(self.kernel_size * self.input_size)
@@ -445,6 +445,6 @@ def _checked(method: str, block_size: int, check: bool, arrays: dict[str, Tensor
     for name, array in arrays.items() if check else ():
         legal = array <= 0 if name in ("log_f", "log_i") else array < math.inf if name == "log_x" else array.isfinite()
         for where in map(tuple, (~legal).nonzero()[:1].tolist()):  # the first one
-            legal_text = "numbers <= 0 or -inf" if name in ("log_f", "log_i") else "numbers, no NaN and no +inf,"
+            legal_text = "numbers <= 0 or -inf" if name in ("log_f", "log_i") else "finite numbers (or, as log_x, -inf)"
             raise ValueError(f"{name}: {array[where].item()} given at {where}, {legal_text} expected")
     return [array.to(torch.promote_types(array.dtype, torch.float32)) for array in arrays.values()]

@@ -33,7 +33,6 @@ out=$(cd "$1" && pwd)
 data=$(realpath -m "${2:-data}")
 shift $(($# < 2 ? $# : 2))
 steps=${*:-1 2 3 4}
-device=${DEVICE:-cuda}
 cd "$(dirname "$0")/.." || exit 2
 export PYTHONUNBUFFERED=1 OMP_NUM_THREADS=2
 
@@ -41,7 +40,7 @@ export PYTHONUNBUFFERED=1 OMP_NUM_THREADS=2
 step() {
     local limit=$1 name=$2 started=$SECONDS code
     shift 2
-    timeout --kill-after=10 "$limit" "${PYTHON:-python3}" -m benchmarks.gpu "$name" "$out" --device "$device" "$@"
+    timeout --kill-after=10 "$limit" "${PYTHON:-python3}" -m benchmarks.gpu "$name" "$out" "$@"
     code=$?
     echo "== $name: $((SECONDS - started)) s, exit code $code"
 }

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import os
+import re
 import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
@@ -44,7 +48,7 @@ class Parser(argparse.ArgumentParser):
 def parse(arguments: Sequence[str], presets: dict[str, AnyConfig]) -> AnyConfig:
     """Return the preset that the arguments name, changed by their other flags; the first preset is the default.
 
-    `--demo` is short for `--preset demo`. tyro itself prints help and errors of flags.
+    `--demo` is short for `--preset demo`.
 
     Raises:
         SystemExit: with code 0 after --help, 2 if a flag does not exist or a value is of the wrong kind.
@@ -55,18 +59,32 @@ def parse(arguments: Sequence[str], presets: dict[str, AnyConfig]) -> AnyConfig:
     chosen = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     chosen.add_argument("--preset", default=default.preset)
     preset = presets.get(chosen.parse_known_args(words)[0].preset, default)
-    # tyro asks stdout alone whether to use colours
-    tyro._experimental_options["ansi_codes"] = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
-    config = tyro.cli(
-        type(preset),
-        prog=f"python {script()}",
-        args=words,
-        default=preset,
-        registry=REGISTRY,
-        console_outputs=_speaks(),
-    )
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            config = tyro.cli(
+                type(preset),
+                prog=f"python {script()}",
+                args=words,
+                default=preset,
+                registry=REGISTRY,
+                console_outputs=_speaks(),
+            )
+    except SystemExit:
+        if said.getvalue():
+            print(f"error: {_one_line(said.getvalue())}", file=sys.stderr, flush=True)
+        raise
     config.check()
     return config
+
+
+def _one_line(box: str) -> str:
+    """Return what tyro says in a box: what is wrong, up to the first rule or blank line, and the flags it names."""
+    framed = re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines()[1:-1]
+    lines = [line.strip("│").removeprefix(" ").rstrip() for line in framed]
+    wrong = " ".join(takewhile(lambda line: line.strip("─"), lines)).removeprefix("Error parsing ").rstrip(".")
+    flags = ", ".join(line.strip() for line in lines if line.startswith("    --"))
+    return f"{wrong}; see {flags} in --help" if flags else f"{wrong}; see --help"
 
 
 @REGISTRY.primitive_rule
@@ -96,8 +114,12 @@ def _path(kind: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Path] | None:
     return PrimitiveConstructorSpec(1, "PATH", read, lambda value: isinstance(value, Path), lambda path: [str(path)])
 
 
-def exit_code(command: Callable[[], int]) -> int:
+def exit_code(command: Callable[[], int], go_on: str = "--resume goes on") -> int:
     """Run a command, and turn its errors into one line on stderr.
+
+    Args:
+        command: returns an exit code.
+        go_on: how to go on with what was stopped.
 
     Returns:
         what the command returns; 1 if it failed, 2 if its input was wrong, 130 if it was interrupted.
@@ -117,7 +139,7 @@ def exit_code(command: Callable[[], int]) -> int:
     except TrainingError as error:
         return _fail(str(error), 1)
     except OSError as error:
-        return _fail(f"{cause(error)}; nothing that was written is lost, --resume goes on", 1)
+        return _fail(f"{cause(error)}; nothing that was written is lost, {go_on}", 1)
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "allocate" not in str(error):
             raise
@@ -125,7 +147,7 @@ def exit_code(command: Callable[[], int]) -> int:
     except (KeyboardInterrupt, ImportError) as error:
         if isinstance(error, ImportError) and not isinstance(error.__cause__, KeyboardInterrupt):
             raise  # else Ctrl-C came while a compiled module was being imported, which turned it into this
-        return _fail("stopped at once; go on with --resume", 130)
+        return _fail(f"stopped at once; {go_on}", 130)
     finally:
         signal.signal(signal.SIGINT, before)
 

@@ -67,7 +67,7 @@ class RunConfig(Settings, Run, Networks, Chosen):  # in --help the fields of the
         """
         super().check()
         if not self.models or len(set(self.models)) < len(self.models):
-            raise InputError(f"--models {' '.join(self.models)}: one or two different ones expected")
+            raise InputError(f"--models {' '.join(self.models) or 'with nothing'}: one or two different ones expected")
         if self.name is not None and not re.fullmatch(r"\w[\w.-]*", self.name):
             raise InputError(
                 f"--name {self.name}: letters, digits and underscores expected, later points and dashes too"
@@ -166,6 +166,8 @@ def run(config: RunConfig, prepare: Callable[[int], Task]) -> int:
             record = new_record(task, accelerator.num_processes)
             if before is not None:
                 check_same(config, record, before)
+            elif config.resume:
+                print(f"{folder.path}: nothing to resume there; starting anew")
             folder.begin(before or record, task.files)
 
         main_only(accelerator, begin)

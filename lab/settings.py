@@ -153,6 +153,11 @@ class Networks:
     forget_bias: Annotated[float, Range(low=-20, high=20)] = 0.0
     """Number added to the bias of the forget gates at the start, in either model; more remembers longer."""
 
+    @property
+    def dropout_between(self) -> float:
+        """Return the dropout between layers; with one layer there is none, and both classes would warn."""
+        return self.dropout if self.layers > 1 else 0.0
+
 
 def _ranges(hint: Any) -> list[Range]:
     """Return the ranges in a type hint: Annotated[int, Range(...)], or that or None."""

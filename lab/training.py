@@ -221,9 +221,9 @@ class Trainer:
         valid_loss = evaluate(self.model)
         if not math.isfinite(valid_loss):
             raise TrainingError(f"stopped after epoch {progress.epoch}: validation loss {valid_loss:g}; {ADVICE}")
+        main_only(self.accelerator, lambda: self._keep_best(valid_loss))
         self._training_since = time.perf_counter()
         self._write(epoch=progress.epoch, step=progress.step, train_loss=train_loss, valid_loss=valid_loss)
-        main_only(self.accelerator, lambda: self._keep_best(valid_loss))
         self._save()
         if self.accelerator.is_main_process:
             self._bar.write(self._epoch_line(valid_loss))
@@ -339,8 +339,10 @@ class Trainer:
         """See that the model can go on from what was carried."""
         if carried is not None:
             rows, _ = self._share(next(iter(self.batches.epoch(0))))
-            self.step(self.model.eval(), rows, carried)
-            self.model.train()
+            try:
+                self.step(self.model.eval(), rows, carried)
+            finally:
+                self.model.train()  # also if an older checkpoint is taken
 
 
 # --- evaluation ------------------------------------------------------------------------------------------------------

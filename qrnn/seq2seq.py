@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qrnn.fast import FastQRNNLayer
+from qrnn.stack import check_flag
 from qrnn_layer import (
     MODES,
     QRNNLayer,
@@ -163,7 +164,7 @@ class QRNNSeq2Seq(nn.Module):
         for name, size in sizes.items():
             check_size(name, size)
         check_probability("dropout", dropout)
-        expect(isinstance(causal_encoder, bool), "causal_encoder", causal_encoder, "True or False", TypeError)
+        check_flag("causal_encoder", causal_encoder)
         expect(str(mode) in ("fo", "ifo"), "mode", mode, "fo or ifo, for attention needs an output gate (eq. 8),")
         place: dict[str, Any] = {"device": device, "dtype": dtype}
         options = {"mode": mode, "zoneout": zoneout, "activation": activation, "method": method, **place}

@@ -102,7 +102,7 @@ class QRNN(nn.Module):
         )
         self.input_size, self.hidden_size = check_size("input_size", input_size), check_size("hidden_size", hidden_size)
         self.num_layers, self.dropout = check_size("num_layers", num_layers), check_probability("dropout", dropout)
-        self.bias, self.batch_first, self.bidirectional, self.dense = map(_check_flag, flags, flags.values())
+        self.bias, self.batch_first, self.bidirectional, self.dense = map(check_flag, flags, flags.values())
         self.proj_size, self.mode = 0, mode
         if self.dropout > 0 and self.num_layers == 1:
             warnings.warn(
@@ -276,10 +276,10 @@ class QRNN(nn.Module):
         )
 
 
-def _check_flag(name: str, flag: bool) -> bool:
+def check_flag(name: str, flag: bool) -> bool:
     """Return a flag as a bool, also NumPy's; no flag is a probability of dropout, one place too early."""
-    of_numpy = type(flag).__name__ in ("bool_", "bool")  # the first before its version 2
-    expect((of_numpy or isinstance(flag, int)) and flag in (0, 1), name, flag, "True or False", TypeError)
+    kind = type(flag).__name__  # NumPy's is bool_ before its version 2
+    expect(kind in ("bool", "bool_", "int") and flag in (0, 1), name, flag, "True or False", TypeError)
     return bool(flag)
 
 

@@ -16,7 +16,7 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -27,10 +27,10 @@ from benchmarks.record import RESULTS
 from experiment import build_model, evaluation_batches
 from lab.batches import build_vocabulary, encode
 from lab.checkpoint import write_file
-from lab.command_line import Parser, exit_code, parse
+from lab.command_line import Parser, exit_code
 from lab.corpora import load_corpus
 from lab.language_model import next_word_loss
-from lab.presets import PRESETS, Config
+from lab.presets import Config
 from lab.provenance import provenance
 from lab.run import RUNS, load_best
 from lab.run_folder import ModelFolder
@@ -79,7 +79,7 @@ def trained(study: str, data: Path) -> dict[str, tuple[Config, Path]]:
     models: dict[str, tuple[Config, Path]] = {}
     jobs = STUDIES[study]()
     for label, identity in identify(jobs, data).items():
-        config, folder = parse(jobs[label].flags.split(), PRESETS), ROOT / RUNS / f"{study}-{identity}"
+        config, folder = cast(Config, jobs[label].config), ROOT / RUNS / f"{study}-{identity}"
         (name,) = config.models
         if name in models:
             continue
@@ -140,7 +140,7 @@ def main(arguments: Sequence[str]) -> int:
         print("wrote results/context.json; `make results` brings it into the pages")
         return 0
 
-    return exit_code(command)
+    return exit_code(command, "the same command starts anew")
 
 
 if __name__ == "__main__":

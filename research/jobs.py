@@ -23,6 +23,7 @@ from research.experiments import EXPERIMENTS, LANGUAGE, Experiment
 
 ROOT = Path(__file__).parents[1]
 AT_A_TIME = 2
+GO_ON = "the same command goes on"  # with what is stopped
 
 
 class Job(NamedTuple):
@@ -72,7 +73,7 @@ def carry_out(study: str, jobs: Jobs, data: str) -> int:
                     failed[label] = run["error"]
                 put_on_record(study, origin, jobs, label, {"identity": identities[label], **run})
         except KeyboardInterrupt:  # which the runs got too
-            print("stopped; the same command goes on", file=sys.stderr)
+            print(f"stopped; {GO_ON}", file=sys.stderr)
             return 130
         finally:
             pool.shutdown(cancel_futures=True)

@@ -205,6 +205,6 @@ STUDIES: dict[str, Callable[[DataFrame], str]] = {
 }
 BLOCKS: dict[str, Callable[[], str]] = {
     **{name: partial(recorded, name, f"python -m research.studies {name}", made) for name, made in STUDIES.items()},
-    "tuning": partial(recorded, "tuning", "python -m research.tune --preset small --amp bf16", tuning),
+    "tuning": partial(recorded, "tuning", f"python -m research.{studies.TUNING.command}", tuning),
     "context": context,
 }

@@ -20,7 +20,7 @@ import optuna
 from lab.command_line import Parser, exit_code, parse
 from lab.presets import PRESETS, Config
 from lab.settings import Range, check_range
-from research.jobs import Job, Jobs, carry_out
+from research.jobs import GO_ON, Job, Jobs, carry_out
 
 SPACE = {
     "lr": optuna.distributions.FloatDistribution(1e-3, 1.6e-2, log=True),
@@ -71,7 +71,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--data", required=True, help="folder with the corpus")
     parser.add_argument("--trials", type=int, default=8, help="of each model (8)")
     options, flags = parser.parse_known_args(arguments)
-    return exit_code(lambda: carry_out("tuning", jobs(flags, options.trials), options.data))
+    return exit_code(lambda: carry_out("tuning", jobs(flags, options.trials), options.data), GO_ON)
 
 
 if __name__ == "__main__":

@@ -216,7 +216,8 @@ class ReviewBatches:
         labelled = [torch.cat([ids, torch.tensor([label])]) for ids, label in zip(sequences, labels, strict=True)]
         self.sentences = SentenceBatches(labelled, batch_size, seed=seed, shuffle=shuffle)
         self.tokens = len(sequences)
-        self.padding = self.sentences.padding
+        positions = self.sentences.tokens / (1 - self.sentences.padding) - self.tokens  # without those of the labels
+        self.padding = 1 - (self.sentences.tokens - self.tokens) / positions
 
     def __len__(self) -> int:
         return len(self.sentences)

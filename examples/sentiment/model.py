@@ -57,7 +57,7 @@ def build_qrnn(config: Config, hidden: int) -> QRNN:
         hidden,
         config.layers,
         batch_first=True,
-        dropout=config.dropout if config.layers > 1 else 0.0,  # with one layer there is nothing between layers
+        dropout=config.dropout_between,
         kernel_size=config.kernel_size,
         first_kernel_size=config.kernel_size,
         mode=config.mode,
@@ -87,4 +87,4 @@ def label_loss(model: nn.Module, batch: Batch, carried: Carried) -> tuple[Tensor
     """Return the negative log-likelihoods of the labels, summed, in nats; how many; no state. A `training.Step`."""
     logits = model(batch.words, batch.lengths).float()  # (B,)
     losses = F.binary_cross_entropy_with_logits(logits, batch.labels.float(), reduction="none")
-    return summed(losses), losses.new_tensor(len(losses)), carried
+    return summed(losses), losses.new_tensor(len(losses)), None

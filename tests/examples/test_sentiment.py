@@ -182,6 +182,8 @@ def test_batches_hold_every_review_once_with_its_label():
             found.append((row[:length].tolist(), int(label)))
     wanted = [(ids.tolist(), review.label) for ids, review in zip(sequences, reviews, strict=True)]
     assert sorted(found) == sorted(wanted)
+    positions = sum(words.numel() for words, _, _ in batches.epoch(0))
+    assert batches.padding == pytest.approx(1 - sum(map(len, sequences)) / positions)
 
 
 def test_glove_vectors_start_the_known_words(folder):

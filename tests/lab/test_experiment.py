@@ -345,7 +345,7 @@ def test_an_interruption_inside_a_compiled_import_is_one_too(capsys):
         raise ImportError("initialization failed") from KeyboardInterrupt()
 
     assert exit_code(importing) == 130
-    assert capsys.readouterr().err == "error: stopped at once; go on with --resume\n"
+    assert capsys.readouterr().err == "error: stopped at once; --resume goes on\n"
     with pytest.raises(ImportError):
         exit_code(lambda: importlib.import_module("no_such_module"))
 

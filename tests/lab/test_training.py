@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -240,6 +241,30 @@ def test_good_sums_with_bad_content_fall_back_to_the_checkpoint_before(tmp_path,
     assert [line for line in capsys.readouterr().err.splitlines() if str(newest) in line]
     assert (folder / f"damaged-{newest.name}").is_dir()
     assert_same(whole, tmp_path / "whole", resumed, folder)
+
+
+def test_dropout_is_on_again_after_a_state_that_does_not_fit(tmp_path):
+    whole = train(tmp_path / "whole")
+    folder = tmp_path / "parts"
+    train(folder, stop=StopAfter(len(batches("stream")) + 2))  # the checkpoint before is of an epoch's end: no state
+    forge(max(folder.glob("last-*")), BAD_CONTENT["what was carried of another shape"])
+    resumed = train(folder)
+    assert resumed.model.training
+    assert_same(whole, tmp_path / "whole", resumed, folder)
+
+
+def test_writing_checkpoints_is_no_training(tmp_path, monkeypatch):
+    clock, save = itertools.count(), ModelFolder.save
+    late = []
+
+    def slow(self, *arguments):
+        late.append(10**6)
+        save(self, *arguments)
+
+    monkeypatch.setattr(ModelFolder, "save", slow)
+    monkeypatch.setattr("lab.training.time.perf_counter", lambda: next(clock) + sum(late))
+    progress = train(tmp_path).progress
+    assert progress.seconds < 10**6 < progress.wall_seconds
 
 
 def test_copies_beside_checkpoints_are_ignored(tmp_path, capsys):

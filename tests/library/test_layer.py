@@ -1,6 +1,7 @@
 """The layer against the paper's equations, one step and one tap at a time."""
 
 import copy
+import enum
 import io
 import math
 import pickle
@@ -389,6 +390,17 @@ def test_lengths_are_of_any_integer_type(dtype):
     layer, x = QRNNLayer(4, 6), torch.randn(2, 300, 4)
     lengths = torch.tensor([100, 7])
     torch.testing.assert_close(layer(x, lengths=lengths.to(dtype)), layer(x, lengths=lengths))
+
+
+def test_names_may_be_of_an_enumeration_that_prints_as_they_do():
+    class Name(enum.Enum):
+        FO, TANH, SCAN = "fo", "tanh", "scan"
+
+        def __str__(self):
+            return self.value
+
+    layer = QRNNLayer(4, 6, mode=Name.FO, activation=Name.TANH, method=Name.SCAN)
+    assert (layer.mode, layer.activation, layer.method) == ("fo", "tanh", "scan")
 
 
 def test_sizes_are_of_any_integer_type():

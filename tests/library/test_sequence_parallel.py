@@ -159,9 +159,9 @@ def long_sequences_stay_within_the_bounds_in_float32():
     world = dist.get_world_size()
     log_f, log_x, z, h0 = make(65_536, bias=(-6, -2, 0, 2, 6), batch=1, dtype=torch.float32)
     for function, arguments in ((pool, (log_f, log_x, h0)), (signed_pool, (log_f, log_x, z, h0))):
-        for method in ("scan", "blocked"):
+        for method, bound in (("scan", 5e-6), ("blocked", 1e-5)):
             forward, backward = errors(function, arguments, [65_536 // world] * world, method=method)
-            assert forward < 1e-5 and backward < 2e-5, (method, forward, backward)
+            assert forward < bound and backward < 2e-5, (method, forward, backward)
 
 
 @check

@@ -1,4 +1,4 @@
-"""What QRNN has beyond nn.LSTM's contract (test_contract.py) and beyond its layers' (test_qrnn_layer.py)."""
+"""What QRNN has beyond nn.LSTM's contract (test_contract.py) and beyond its layers' (test_layer.py)."""
 
 import pickle
 import warnings
@@ -11,7 +11,8 @@ from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence, pad_packed_s
 from torch.utils._pytree import tree_leaves, tree_map
 
 from qrnn import QRNN
-from qrnn_layer import METHODS, MODES, ShapeError
+from qrnn.seq2seq import QRNNSeq2Seq
+from qrnn_layer import METHODS, MODES, QRNNLayer, ShapeError
 
 every_mode = pytest.mark.parametrize("mode", MODES)
 every_way_of_stacking = pytest.mark.parametrize("dense", (False, True), ids=("plain", "dense"))
@@ -418,6 +419,8 @@ def test_a_flag_may_be_a_whole_number_or_numpys_as_in_nn_lstm(convert):
     rnn = QRNN(4, 6, bidirectional=convert(True), batch_first=convert(False), bias=convert(False), dense=convert(False))
     assert rnn.bidirectional is True and rnn.batch_first is False and len(rnn.layers) == 2
     assert rnn.bias is False and rnn.dense is False and rnn.layers[0].bias is None
+    assert QRNNLayer(4, 6, bias=convert(False)).bias is None
+    QRNNSeq2Seq(9, 7, 4, 6, 1, causal_encoder=convert(False))
 
 
 def test_a_state_from_autocast_goes_on_under_autocast():

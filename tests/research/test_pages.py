@@ -285,8 +285,7 @@ def test_every_result_says_where_it_comes_from(path):
 
 
 ON_RECORD = {name: study for name, study in studies.STUDIES.items() if jobs.on_record(name)}
-TUNED = ["--preset", "small", "--initialisation", "uniform", "--amp", "bf16", "--epochs", "2"]
-ON_RECORD["tuning"] = lambda: tune.jobs(TUNED, 5)
+ON_RECORD["tuning"] = lambda: tune.jobs(studies.TUNED.split(), 5)
 
 
 @pytest.mark.parametrize("study", ON_RECORD)

@@ -117,6 +117,7 @@ def test_compared_models_get_the_trial_that_was_best_on_validation(tmp_path, mon
         (0.003, False),
         (0.002, False),
         (0.002, True),
+        (0.004, True),
     ]
     assert [run.config.lr for run in STUDIES["folds"]().values()] == [0.003, 0.002] * 10
 
@@ -131,6 +132,17 @@ def test_tuned_models_need_the_tuning(tmp_path, monkeypatch, capsys):
     assert main(["tuned", "--data", str(tmp_path)]) == 2
     first, second = capsys.readouterr().err.strip().splitlines()
     assert first == second and "tuning.json" in first
+
+
+def test_trials_that_differ_in_what_is_not_searched_are_not_compared(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(jobs, "RESULTS", tmp_path)
+    write_tuning(tmp_path)
+    tuning = json.loads((tmp_path / "tuning.json").read_text())
+    for label, epochs in (("a", 2), ("b", 4)):
+        tuning["runs"][label]["config"]["epochs"] = epochs
+    (tmp_path / "tuning.json").write_text(json.dumps(tuning))
+    assert main(["tuned", "--data", str(tmp_path)]) == 2
+    assert "tuning.json: trials with epochs 2 and 4 found" in capsys.readouterr().err
 
 
 @pytest.fixture
