@@ -81,11 +81,10 @@ def pooling(part: str) -> str:
 def not_run() -> str:
     """List which ways have no number at some shape, and why."""
     rows = frame("methods").dropna(subset="skipped")
-    rows = rows[~rows["form"].fillna("").str.contains("graph")].drop_duplicates(["what", "T", "skipped"])
-    reasons = rows.groupby(["what", "skipped"], sort=False)["T"].agg(
-        lambda lengths: ", ".join(map("{:,}".format, lengths))
-    )
-    return "\n".join(f"- {what}, T = {lengths}: {reason}." for (what, reason), lengths in reasons.items())
+    rows = rows[~rows["form"].fillna("").str.contains("graph")]
+    rows = rows.assign(shape=rows[["B", "T", "H"]].astype(str).agg(", ".join, axis=1).map("({})".format))
+    reasons = rows.drop_duplicates(["what", "shape", "skipped"]).groupby(["what", "skipped"], sort=False)["shape"]
+    return "\n".join(f"- {what}, {', '.join(shapes)}: {reason}." for (what, reason), shapes in reasons)
 
 
 def bandwidth() -> str:
@@ -121,9 +120,16 @@ def ranges(part: str, tf32: bool = True) -> str:
     return ", ".join(f"{name} {span(table.stack())}" for name, table in grids(part, tf32).items())
 
 
-def compiled(part: str) -> str:
-    """Return the smallest and the largest ratio of the compiled QRNN alone, for a sentence."""
-    return span(grids(part)["compiled"].stack())
+def graph(part: str) -> str:
+    """Return the smallest and the largest ratio in a graph alone, for a sentence."""
+    return span(grids(part)["graph"].stack())
+
+
+def launches() -> str:
+    """Say how long an eager layer takes in inference for few and for many sequences, for a sentence."""
+    steps, few, many = PLAN.lengths[0], PLAN.batches[0], PLAN.batches[-1]
+    rows = frame("fig4", part="inference", tf32=True, what="QRNN", form="eager", T=steps).set_index("B")
+    return f"{rows['ms'][few]:.1f} ms for {few} sequences of {steps} steps, {rows['ms'][many]:.1f} ms for {many}"
 
 
 # --- a language model ------------------------------------------------------------------------------------------------
@@ -241,8 +247,9 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "gpu ranges training": partial(ranges, "training"),
     "gpu ranges inference, float32": partial(ranges, "inference", tf32=False),
     "gpu ranges training, float32": partial(ranges, "training", tf32=False),
-    "gpu compiled inference": partial(compiled, "inference"),
-    "gpu compiled training": partial(compiled, "training"),
+    "gpu graph inference": partial(graph, "inference"),
+    "gpu graph training": partial(graph, "training"),
+    "gpu launches": launches,
     "gpu bradbury": bradbury,
     "gpu tests": tests,
     "gpu count": counted,

@@ -48,11 +48,10 @@ def study_source(name: str) -> str:
         return " and ".join(sorted(set(parts)))
 
     commits = all_of([start["commit"][:9] for start in starts])
-    where = all_of(
-        [run["machine"]["gpu"] or f"{run['machine']['cpu']}, {run['machine']['threads']} core" for run in runs]
-    )
+    machines = [run["machine"] for run in runs]
+    where = all_of([each["gpu"] or f"{each['cpu']}, {each['threads']} core a run" for each in machines])
     versions = all_of(["torch {torch}, Python {python}".format(**run["versions"]) for run in runs])
-    return f"`research/results/{name}.json`: `{content['command']}`, commit {commits}, {where} a run, {versions}."
+    return f"`research/results/{name}.json`: `{content['command']}`, commit {commits}, {where}, {versions}."
 
 
 def study(runs: DataFrame, first: str, scores: tuple[str, ...] = ("valid_perplexity",), by_value: bool = False) -> str:

@@ -58,6 +58,25 @@ def test_no_cell_of_the_grid_was_measured_twice():
     assert len(measured) == len(set(measured))
 
 
+def test_what_the_page_says_of_graphs_is_so_in_every_cell():
+    inference, training = gpu_tables.grids("inference"), gpu_tables.grids("training")
+    assert (inference["graph"] > gpu_tables.paper()).to_numpy().all()
+    for part, ratios in (("inference", inference), ("training", training)):
+        assert (ratios["graph"] > 1).to_numpy().all() and (ratios["compiled"] > 1).to_numpy().all()
+        times = {
+            form: {(row["B"], row["T"]): row["ms"] for row in rows("fig4", part=part, tf32=True, **form_of)}
+            for form, form_of in FORMS.items()
+        }
+        behind = [cell for cell, ms in times["QRNN, compiled"].items() if ms > times["LSTM, graph"][cell]]
+        assert behind and {length for _, length in behind} == {32}
+
+
+FORMS = {
+    "QRNN, compiled": {"what": "QRNN", "form": "compiled"},
+    "LSTM, graph": {"what": "LSTM", "form": "eager, graph"},
+}
+
+
 def test_the_papers_grid_stands_first_in_inference():
     header, *lines = cells(gpu_tables.grid("inference"))
     assert "the paper" in header[0] and lines[0][1].startswith("5.5 / ")
