@@ -379,11 +379,12 @@ def translator_trials(search: Search, flags: dict[str, str]) -> Jobs:
 def translation() -> Jobs:
     """Train on all pairs, each model with its best trial of `translators` or `both_ways`.
 
-    The LSTM that reads both ways also has half the rate of its best trial, which proved too high for longer pairs.
+    The LSTM that reads both ways also has lower rates than its best trial, which proved too high for longer pairs.
     """
     flags = {label: f"--models {model} {best_flags(model, TRANSLATORS)}" for model, label in NAMES.items()}
     flags["LSTM, reads both ways"] = f"--models lstm --bidirectional {best_flags('lstm', BOTH_WAYS)}"
-    flags["LSTM, reads both ways, rate 4e-3"] = f"{flags['LSTM, reads both ways']} --lr 4e-3"
+    for rate in ("4e-3", "2e-3"):
+        flags[f"LSTM, reads both ways, rate {rate}"] = f"{flags['LSTM, reads both ways']} --lr {rate}"
     return {label: Job(f"{TRANSLATE} {mine}", "examples.translation") for label, mine in flags.items()}
 
 

@@ -50,7 +50,7 @@ def write_tuning(folder: Path) -> None:
         scores = {"valid_perplexity": valid_perplexity, "valid_loss": math.log(valid_perplexity)}
         return {"config": config, "models": [{"model": model, **scores}]}
 
-    runs = {"a": trial("qrnn", 0.002, 120.0), "b": trial("qrnn", 0.003, 100.0), "c": trial("lstm", 0.002, 110.0)}
+    runs = {"a": trial("qrnn", 0.0015, 120.0), "b": trial("qrnn", 0.003, 100.0), "c": trial("lstm", 0.0015, 110.0)}
     runs |= {"e": trial("lstm", 0.003, 115.0)}
     runs["d"] = {"error": "exit code 1: diverged"}
     for search in (TUNING, TRANSLATORS, BOTH_WAYS, READERS):
@@ -110,16 +110,17 @@ def test_compared_models_get_the_trial_that_was_best_on_validation(tmp_path, mon
     write_tuning(tmp_path)
     configs = {label: run.config for label, run in STUDIES["tuned"]().items()}
     assert {config.lr for label, config in configs.items() if label.startswith("QRNN")} == {0.003}
-    assert {config.lr for label, config in configs.items() if label.startswith("LSTM")} == {0.002}
+    assert {config.lr for label, config in configs.items() if label.startswith("LSTM")} == {0.0015}
     assert all(config.dropout_output == 0.3 and config.weight_decay == 0.02 for config in configs.values())
     translators = STUDIES["translation"]().values()
     assert [(run.config.lr, run.config.bidirectional) for run in translators] == [
         (0.003, False),
-        (0.002, False),
-        (0.002, True),
+        (0.0015, False),
+        (0.0015, True),
         (0.004, True),
+        (0.002, True),
     ]
-    assert [run.config.lr for run in STUDIES["folds"]().values()] == [0.003, 0.002] * 10
+    assert [run.config.lr for run in STUDIES["folds"]().values()] == [0.003, 0.0015] * 10
 
 
 def test_tuned_models_need_the_tuning(tmp_path, monkeypatch, capsys):
