@@ -221,9 +221,9 @@ class Trainer:
         valid_loss = evaluate(self.model)
         if not math.isfinite(valid_loss):
             raise TrainingError(f"stopped after epoch {progress.epoch}: validation loss {valid_loss:g}; {ADVICE}")
+        self._write(epoch=progress.epoch, step=progress.step, train_loss=train_loss, valid_loss=valid_loss)
         main_only(self.accelerator, lambda: self._keep_best(valid_loss))
         self._training_since = time.perf_counter()
-        self._write(epoch=progress.epoch, step=progress.step, train_loss=train_loss, valid_loss=valid_loss)
         self._save()
         if self.accelerator.is_main_process:
             self._bar.write(self._epoch_line(valid_loss))
