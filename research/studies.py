@@ -20,6 +20,7 @@ first_kernel  the QRNN of seeds with a first layer that sees one word, three see
 candidates    candidates of the QRNN, one epoch; 1/2 h
 initial       QRNN and LSTM with larger initial candidates, three seeds; 1 1/2 h
 ptb_quarter   what helps on a quarter of the Penn Treebank as one stream, 8 epochs, one seed; 1 1/2 h
+language_models  ten trials of each model of `seeds`: what `tuned` searches, initial weights and forget bias; 3 1/2 h
 translators   twelve trials of each translator: learning rate, initial weights, dropout; 1/2 h
 both_ways     the same trials of an LSTM whose encoder reads both ways; 1/4 h
 translation   all three translators with their best trials on all pairs; 1 1/2 h
@@ -99,6 +100,12 @@ TUNING = Search(
     f"tune {TUNED} --trials 5",
     "small",
     ("lr", "dropout", "dropout_embedding", "dropout_output", "weight_decay"),
+)
+LANGUAGE_MODELS = Search(
+    "language_models",
+    "studies language_models",
+    "small",
+    (*SEARCHED, "dropout_embedding", "dropout_output", "weight_decay"),
 )
 TRANSLATORS = Search("translators", "studies translators", "small", SEARCHED)
 BOTH_WAYS = Search("both_ways", "studies both_ways", "small", SEARCHED, models=("lstm",))
@@ -354,6 +361,23 @@ def trials(search: Search, module: str, flags: dict[str, str], values: Sequence[
     }
 
 
+def language_models() -> Jobs:
+    """Give both language models the same ten trials, as long as the runs of `seeds`: a centre, and steps from it.
+
+    The first layer of the QRNN sees one word, as that of `QRNN` by default.
+    """
+    steps: list[dict[str, Any]] = [{}, {"initialisation": "xavier"}, {"dropout": 0.05}, {"forget_bias": 1.0}]
+    steps += [{"lr": 8e-3}, {"dropout": 0.2}, {"lr": 2e-3}, {"initialisation": "uniform"}]
+    steps += [{"initialisation": "xavier", "forget_bias": 1.0}, {"weight_decay": 0.1}]
+    centre = {"lr": 4e-3, "initialisation": "scaled", "forget_bias": 0.0, "dropout": 0.1, "weight_decay": 0.01}
+    settings = [centre | step for step in steps]
+    for each in settings:
+        each |= dict.fromkeys(("dropout_embedding", "dropout_output"), each["dropout"])
+    values = [tuple(each[name] for name in LANGUAGE_MODELS.settings) for each in settings]
+    flags = {"QRNN": FIRST_KERNEL, "LSTM": f"{SMALL} --models lstm"}
+    return trials(LANGUAGE_MODELS, "experiment", flags, values)
+
+
 def of_each_model(flags: str) -> dict[str, str]:
     return {label: f"{flags} --models {model}" for model, label in NAMES.items()}
 
@@ -426,6 +450,7 @@ STUDIES: dict[str, Callable[[], Jobs]] = {
         candidates,
         initial,
         ptb_quarter,
+        language_models,
         translators,
         both_ways,
         translation,

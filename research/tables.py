@@ -195,6 +195,7 @@ STUDIES: dict[str, Callable[[DataFrame], str]] = {
     "first_kernel": first_kernel,
     "initial": initial,
     "candidates": partial(study, first="candidate", by_value=True),
+    "language_models": partial(trials, settings=TRIAL_FORMS | {"weight_decay": "{:g}"}),
     "translators": partial(trials, settings=TRIAL_FORMS),
     "both_ways": partial(trials, settings=TRIAL_FORMS),
     "translation": translation,
