@@ -91,6 +91,12 @@ def by_length(lengths: Sequence[Length], batch_size: int, rng: random.Random | N
     return batches
 
 
+def share_of_padding(lengths: Sequence[int], batch_size: int) -> float:
+    """Return the fraction of padded positions where sequences of these lengths are put into batches `by_length`."""
+    batches = by_length(lengths, batch_size, None)
+    return 1 - sum(lengths) / sum(len(batch) * lengths[batch[-1]] for batch in batches)
+
+
 class SentenceBatches:
     """Give batches of sentences of similar length, padded on the right; every sentence once an epoch.
 
@@ -119,10 +125,8 @@ class SentenceBatches:
         if not sequences:
             raise CorpusError("sequences: none given, at least one sentence expected")
         self.sequences, self.batch_size, self.seed, self.shuffle = sequences, batch_size, seed, shuffle
-        lengths = sorted(map(len, sequences))
-        rows = [lengths[i : i + batch_size] for i in range(0, len(lengths), batch_size)]
-        self.tokens = sum(lengths)
-        self.padding = 1 - self.tokens / sum(len(row) * row[-1] for row in rows)
+        self.tokens = sum(map(len, sequences))
+        self.padding = share_of_padding(list(map(len, sequences)), batch_size)
 
     def __len__(self) -> int:
         return math.ceil(len(self.sequences) / self.batch_size)

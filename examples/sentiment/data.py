@@ -14,7 +14,7 @@ import torch
 from tokenizers.pre_tokenizers import BertPreTokenizer
 from torch import Tensor
 
-from lab.batches import EOS_ID, IGNORE, SentenceBatches
+from lab.batches import EOS_ID, IGNORE, SentenceBatches, share_of_padding
 from lab.checkpoint import first_line
 from lab.corpora import CONTROL, CorpusError, check_folder, fetch, folder_name
 
@@ -216,8 +216,7 @@ class ReviewBatches:
         labelled = [torch.cat([ids, torch.tensor([label])]) for ids, label in zip(sequences, labels, strict=True)]
         self.sentences = SentenceBatches(labelled, batch_size, seed=seed, shuffle=shuffle)
         self.tokens = len(sequences)
-        positions = self.sentences.tokens / (1 - self.sentences.padding) - self.tokens  # without those of the labels
-        self.padding = 1 - (self.sentences.tokens - self.tokens) / positions
+        self.padding = share_of_padding(list(map(len, sequences)), batch_size)
 
     def __len__(self) -> int:
         return len(self.sentences)

@@ -216,6 +216,22 @@ def test_translations_are_compared_on_the_same_draws_of_sentences():
     assert alike.interval == (0, 0) and alike.winner is None  # not so if each had draws of its own
 
 
+def test_of_the_translators_the_best_on_validation_are_compared(write):
+    words = [f"sentence {n} has {n % 7} words" for n in range(100)]
+
+    def made(model: str, valid: float, lines: list[str]) -> dict:
+        of_model = run(model, valid, None)
+        of_model["models"][0] |= scores(lines, words)
+        return of_model
+
+    worse = [line.replace("has", "had") for line in words]
+    write("translation", a=made("qrnn", 2.0, words), b=made("lstm", 3.0, words), c=made("lstm", 2.5, worse))
+    pair = comparison.translations()
+    assert pair.qrnn == pytest.approx(100) and pair.lstm < 90
+    write("translation", a=made("qrnn", 2.0, words))
+    assert comparison.translations() is None
+
+
 def test_comparisons_have_as_many_runs_of_one_as_of_the_other(write):
     scores = {"a": ("qrnn", 80.0), "b": ("qrnn", 82.0), "c": ("lstm", 90.0), "d": ("lstm", 90.5)}
     write("seeds", **{label: run(name, 95.0, test) for label, (name, test) in scores.items()})
