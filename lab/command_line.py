@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from itertools import takewhile
+from itertools import dropwhile, takewhile
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
@@ -57,7 +57,7 @@ def parse(arguments: Sequence[str], presets: dict[str, AnyConfig]) -> AnyConfig:
     words = ["--preset=demo" if word == "--demo" else word for word in arguments]
     default = next(iter(presets.values()))
     chosen = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    chosen.add_argument("--preset", default=default.preset)
+    chosen.add_argument("--preset", nargs="?", default=default.preset)  # without a value tyro says so
     preset = presets.get(chosen.parse_known_args(words)[0].preset, default)
     said = io.StringIO()
     try:
@@ -80,10 +80,15 @@ def parse(arguments: Sequence[str], presets: dict[str, AnyConfig]) -> AnyConfig:
 
 def _one_line(box: str) -> str:
     """Return what tyro says in a box: what is wrong, up to the first rule or blank line, and the flags it names."""
-    framed = re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines()[1:-1]
-    lines = [line.strip("│").removeprefix(" ").rstrip() for line in framed]
-    wrong = " ".join(takewhile(lambda line: line.strip("─"), lines)).removeprefix("Error parsing ").rstrip(".")
-    flags = ", ".join(line.strip() for line in lines if line.startswith("    --"))
+
+    def is_rule(line: str) -> bool:
+        return not line.strip("─-")  # dashes where the terminal has no UTF-8
+
+    lines = [line.strip("│ ") for line in re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines()[1:]]
+    lines = list(dropwhile(is_rule, lines))
+    said = list(takewhile(lambda line: not is_rule(line), lines))
+    wrong = " ".join(said).removeprefix("Error parsing ").rstrip(". ")
+    flags = ", ".join(line for line in lines[len(said) :] if re.match(r"--\w", line))
     return f"{wrong}; see {flags} in --help" if flags else f"{wrong}; see --help"
 
 
@@ -155,7 +160,7 @@ def exit_code(command: Callable[[], int], go_on: str = "--resume goes on") -> in
 def _fail(message: str, code: int) -> int:
     """Say in one process what is wrong."""
     if _speaks():
-        print(f"error: {message}", file=sys.stderr, flush=True)
+        print(f"error: {' '.join(message.splitlines())}", file=sys.stderr, flush=True)
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # else threads of the process group may abort the exit
             sys.stdout.flush()
             os._exit(code)

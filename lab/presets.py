@@ -15,7 +15,7 @@ class Text(Chosen):
     """Say what is read."""
 
     preset: Literal["girrbach", "bradbury", "small", "demo"] = "girrbach"
-    """The values that all other flags start from.
+    """The values that all other flags start from. Of a flag that is given twice the last counts.
     demo: a generated language whose best possible perplexity is known; a minute. --demo is short for it.
     small: WikiText-2 and small models; 40 minutes on 2 CPU cores.
     girrbach: WikiText-2 as in the log-space QRNN repository of L. Girrbach; for a GPU.

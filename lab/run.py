@@ -42,7 +42,7 @@ class Run:
     test: bool = True
     """Read the test split when a model is finished. --no-test: not while you still choose settings."""
     resume: bool = False
-    """Go on with a run that was stopped or killed. Give the same flags as before."""
+    """Go on with a run that was stopped or killed. Give the same flags as before. Without such a run start anew."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class RunConfig(Settings, Run, Networks, Chosen):  # in --help the fields of the
             raise InputError(f"--models {' '.join(self.models) or 'with nothing'}: one or two different ones expected")
         if self.name is not None and not re.fullmatch(r"\w[\w.-]*", self.name):
             raise InputError(
-                f"--name {self.name}: letters, digits and underscores expected, later points and dashes too"
+                f"--name {self.name!r}: letters, digits and underscores expected, later points and dashes too"
             )
 
     @property

@@ -16,7 +16,7 @@ class Reading(Chosen):
     """Say what is read."""
 
     preset: Literal["paper", "mr", "demo"] = "paper"
-    """The values that all other flags start from.
+    """The values that all other flags start from. Of a flag that is given twice the last counts.
     demo: generated sentences whose best possible accuracy is known; half a minute. --demo is short for it.
     mr: rt-polarity, single sentences in the folder --data; 10 minutes on 2 CPU cores.
     paper: IMDb as in the QRNN paper; for a GPU."""

@@ -15,7 +15,7 @@ class Translation(Chosen):
     """Say what is translated."""
 
     preset: Literal["paper", "small", "demo"] = "paper"
-    """The values that all other flags start from.
+    """The values that all other flags start from. Of a flag that is given twice the last counts.
     demo: strings to be reversed and mapped letter by letter; half a minute. --demo is short for it.
     small: 3 layers of 256 units; for Multi30k an hour on 2 CPU cores.
     paper: 4 layers of 320 units, as in the QRNN paper; for a GPU."""

@@ -77,6 +77,7 @@ def shell(line: str, folder: Path, **variables: str) -> subprocess.CompletedProc
         (["--data="], "['']"),
         (["--hidden", "3", "--lr", "0.1", "--ltr", "3"], "--lr FLOAT"),
         (["--hidden"], "--hidden"),
+        (["--preset"], "--preset"),
     ),
 )
 def test_wrong_flags_are_told_in_one_line(capsys, experiment, arguments, words):
@@ -88,7 +89,7 @@ def test_wrong_flags_are_told_in_one_line(capsys, experiment, arguments, words):
     assert line.startswith("error: ") and words in line and line.endswith("--help")
 
 
-@pytest.mark.parametrize("variables", ({}, {"NO_COLOR": "1"}, {"COLUMNS": "30"}))
+@pytest.mark.parametrize("variables", ({}, {"NO_COLOR": "1"}, {"COLUMNS": "30"}, {"PYTHONIOENCODING": "latin-1"}))
 def test_on_a_terminal_a_wrong_flag_is_the_same_line(tmp_path, variables):
     """A pseudo-terminal, because tyro draws another error on one than in a pipe."""
     (tmp_path / "command.py").write_text(COMMAND, encoding="utf-8")
@@ -234,6 +235,7 @@ def test_a_model_that_no_memory_holds_is_refused_before_it_is_built(monkeypatch,
     (
         (InputError("--lr 0"), 2, "--lr 0"),
         (CorpusError("x: empty"), 2, "x: empty"),
+        (CorpusError("a folder\nof two lines: empty"), 2, "a folder of two lines: empty"),
         (TrainingError("loss nan"), 1, "loss nan"),
         (OSError(errno.ENOSPC, "No space left on device", "runs/x"), 1, "runs/x: No space left"),
         (PermissionError(errno.EACCES, "Permission denied", "runs/x"), 1, "runs/x: Permission denied"),
