@@ -104,6 +104,7 @@ class QRNNLayer(nn.Module):
         """Draw from +-1/sqrt(K F), weights of z from `GAINS` times that. A `forget_bias` > 0 remembers longer first."""
         expect(isinstance(forget_bias, Real) and math.isfinite(forget_bias), "forget_bias", forget_bias, "a number")
         expect(self.bias is not None or not forget_bias, "forget_bias", forget_bias, "0 for a layer without bias")
+        expect({*self.state_dict()} <= {"weight", "bias"}, "parameters", [*self.state_dict()], "weight and bias alone")
         bound = 1 / math.sqrt(self.kernel_size * self.input_size)
         for parameter in self.parameters():
             nn.init.uniform_(parameter, -bound, bound)
@@ -221,7 +222,7 @@ def pool(
             4 eps (1 + log T + max |c_t| + max |log_x_t|) on a CPU, c_t the running sum of log_f; on a GPU more.
             "blocked": `closed_form` inside blocks of `block_size` steps, in float64: 1e-5 for any T.
             "scan": a scan of log gates and plain states: 5e-6 for any T. Products of gates below 1e-38 are 0.
-            "auto": "scan", the faster of these two on a CPU, and on a GPU if compiled for fixed sizes (torch >= 2.11).
+            "auto": "scan", faster than "blocked" on a CPU, and on a GPU if compiled for fixed sizes (torch >= 2.11).
         check: also check values, which makes a GPU wait. Unchecked, log_f > 0, NaN and inf are computed as they stand.
     Returns h, (B, T, H), in the dtype of log_f. bfloat16 and float16 are pooled in float32 and cast back.
     Raises TypeError if an argument is no tensor, ShapeError if one does not fit, ValueError for a wrong value.
@@ -285,10 +286,10 @@ def _closed_form_of_any_sign(log_f: Tensor, x: Tensor, floor: float) -> tuple[Te
 
 
 def _scan(log_f: Tensor, x: Tensor, h0: Tensor) -> Tensor:
-    """Scan log gates and plain states, odd and even steps in turn: log2(T) levels, 2T work, no division, any sign."""
+    """Scan log gates and plain states, odd and even steps in turn: log2(T) levels, 2T joins, no division, any sign."""
     # A plain gate near 1 has lost the digits of 1 - f, and a product of T of them collects the loss; a sum of logs not.
     h = torch.cat([(x[:, 0] + log_f[:, 0].exp() * h0).unsqueeze(1), x[:, 1:]], dim=1)
-    if x.is_cuda and COMPILES_SCANS and torch.compiler.is_dynamo_compiling() and x.numel():
+    if COMPILES_SCANS and x.is_cuda and torch.compiler.is_dynamo_compiling() and x.numel():
         scan = torch._higher_order_ops.associative_scan  # a prototype: not public, and without rules for functorch
         fixed = all(map(torch.fx.experimental.symbolic_shapes.has_static_value, x.shape))
         if fixed and not torch._C._are_functorch_transforms_active():
@@ -371,8 +372,7 @@ def _recurrence(
     if torch.jit.is_tracing() or sum(level.key() == torch._C._functorch.TransformType.Jvp for level in levels) > 1:
         h = _loop(log_f, x, h0)
         return h if keep is None else _hold(h, h0, keep)
-    function = _Pool if compiles else _PoolForwardMode
-    return function.apply(log_f, x, h0, keep, "scan" if method == "auto" else method, size, floor)
+    return (_Pool if compiles else _PoolForwardMode).apply(log_f, x, h0, keep, method, size, floor)
 
 
 def _hold(h: Tensor, h0: Tensor, keep: Tensor) -> Tensor:
@@ -439,12 +439,12 @@ def _checked(method: str, block_size: int, check: bool, arrays: dict[str, Tensor
     expect(str(method) in ("auto", *METHODS), "method", method, f"auto or one of {', '.join(METHODS)}")
     check_size("block_size", block_size)
     check_tensor("log_f", log_f := arrays["log_f"], ("B", "T", "H"))
-    arrays = arrays | {"h0": log_f.new_zeros(log_f.shape[::2]) if h0 is None else h0}  # (B, H)
+    arrays = {**arrays, "h0": log_f.new_zeros(log_f.shape[::2]) if h0 is None else h0}  # (B, H)
     for name, array in arrays.items():
         check_tensor(name, array, log_f.shape[::2] if name == "h0" else log_f.shape, log_f.device, log_f.dtype)
     for name, array in arrays.items() if check else ():
-        legal = array <= 0 if name in ("log_f", "log_i") else array < math.inf if name == "log_x" else array.isfinite()
+        wanted = "finite numbers" if name in ("z", "h0") else "a finite exp" if name == "log_x" else "numbers <= 0"
+        legal = array <= 0 if wanted == "numbers <= 0" else (array.exp() if name == "log_x" else array).isfinite()
         for where in map(tuple, (~legal).nonzero()[:1].tolist()):  # the first one
-            legal_text = "numbers <= 0 or -inf" if name in ("log_f", "log_i") else "finite numbers (or, as log_x, -inf)"
-            raise ValueError(f"{name}: {array[where].item()} given at {where}, {legal_text} expected")
+            raise ValueError(f"{name}: {array[where].item()} given at {where}, {wanted} expected")
     return [array.to(torch.promote_types(array.dtype, torch.float32)) for array in arrays.values()]

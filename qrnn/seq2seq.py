@@ -261,7 +261,8 @@ class QRNNSeq2Seq(nn.Module):
             states.append(after)
         k, attention = attend(c, state.keys, state.padding)
         h = o * (self.w_k(k) + self.w_c(c.to(k.dtype)))  # (B, T, H)
-        return self.output(h.to(k.dtype)), state._replace(layers=tuple(states)), attention
+        state = Seq2SeqState(tuple(states), state.conditions, state.keys, state.padding)
+        return self.output(h.to(k.dtype)), state, attention
 
 
 def attend(c: Tensor, keys: Tensor, padding: Tensor) -> tuple[Tensor, Tensor]:

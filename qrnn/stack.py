@@ -103,7 +103,7 @@ class QRNN(nn.Module):
         self.input_size, self.hidden_size = check_size("input_size", input_size), check_size("hidden_size", hidden_size)
         self.num_layers, self.dropout = check_size("num_layers", num_layers), check_probability("dropout", dropout)
         self.bias, self.batch_first, self.bidirectional, self.dense = map(check_flag, flags, flags.values())
-        self.proj_size, self.mode = 0, mode
+        self.proj_size, self.mode = 0, str(mode)
         if self.dropout > 0 and self.num_layers == 1:
             warnings.warn(
                 f"dropout={dropout} with num_layers=1 drops nothing: it acts on the outputs of all layers but the last",
@@ -242,17 +242,17 @@ class QRNN(nn.Module):
         if self.mode == "f" and isinstance(hx, Tensor):
             hx = hx, hx
         elif self._windows:
-            wanted += ", or (h, c, window),"
+            wanted = f"{wanted}, or (h, c, window),"
         else:
             expect(self.mode != "f", "hx", type(hx), wanted, TypeError)
-        expect(isinstance(hx, tuple | list) and len(hx) in (2, 3), "hx", type(hx), wanted, TypeError)
+        expect(isinstance(hx, (tuple, list)) and len(hx) in (2, 3), "hx", type(hx), wanted, TypeError)
         h, c, *windows = hx
         check_tensor("hx[0] (h)", h, shape, x.device, *dtypes)
         check_tensor("hx[1] (c)", c, shape, x.device, *dtypes)
         if windows:
-            expect(self._windows, "hx", "a state of three parts", wanted, TypeError)
+            expect(self._windows, "parts of hx", 3, wanted, TypeError)
             (windows,) = windows
-            expect(isinstance(windows, tuple | list), "hx[2] (window)", type(windows), "a tuple of tensors", TypeError)
+            expect(isinstance(windows, (tuple, list)), "hx[2] (window)", type(windows), "a tuple of tensors", TypeError)
             expect(len(windows) == len(self.layers), "hx[2] (window)", len(windows), f"{len(self.layers)} tensors")
             for layer, window in zip(self.layers, windows, strict=True):
                 wanted_shape = layer.kernel_size - 1, *batch, layer.input_size

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence, pad_packed_sequence
 
 from qrnn import QRNN
+from tests.versions import OLDEST
 
 RNNS = {
     "LSTM": nn.LSTM,
@@ -387,5 +388,7 @@ THREE = torch.zeros(5, 3, 4)  # another batch size
 )
 @every_rnn
 def test_the_same_mistakes_raise_the_same_errors(rnn_class, error, call):
+    if OLDEST and rnn_class in (nn.LSTM, nn.GRU):
+        pytest.skip("PyTorch 2.6: its own layers let some pass")
     with pytest.raises(error):
         call(rnn_class)

@@ -12,6 +12,7 @@ import qrnn_layer
 from qrnn import convolution, fast
 from qrnn.fast import ACTIVATIONS, FastQRNNLayer
 from qrnn_layer import QRNNLayer
+from tests.versions import skip_in_oldest
 
 BATCH, FEATURES, HIDDEN = 3, 4, 5
 
@@ -93,7 +94,10 @@ def test_candidates_at_both_ends_of_their_range(activation):
 
 
 @pytest.mark.parametrize("steps", [1, 40])
-@pytest.mark.parametrize("activation", ["tanh", "shifted_softplus", "elu", "identity"])
+@pytest.mark.parametrize(
+    "activation",
+    ["tanh", "shifted_softplus", pytest.param("elu", marks=skip_in_oldest("its elu loses digits near 0")), "identity"],
+)
 def test_small_candidates_keep_their_digits(activation, steps):
     layer = built(activation=activation, bias=False, dtype=torch.float32)
     seen, c0 = drawn(layer, steps)

@@ -15,6 +15,7 @@ from torch.utils import _pytree
 from qrnn import QRNN
 from qrnn_layer import METHODS
 from tests.processes import run_in_processes
+from tests.versions import OLDEST, skip_in_oldest
 
 VARIANTS = {
     "two layers": {"num_layers": 2},
@@ -85,10 +86,11 @@ def for_any_batch_size(state):
 def test_exports_with_state_for_any_batch_size(variant):
     rnn = build(**variant)
     (x, state), arguments = ((draw(batch, 5, 4), state_after_some_steps(rnn, batch)) for batch in (2, 7))
-    program = torch.export.export(rnn, (x, state), dynamic_shapes=for_any_batch_size(state))
+    program = torch.export.export(rnn, (x, state), dynamic_shapes=for_any_batch_size(state), strict=False)
     assert_same(program.module()(*arguments), rnn(*arguments))
 
 
+@skip_in_oldest("its strict export takes no open size")
 @pytest.mark.parametrize("method", METHODS)
 def test_exports_whatever_the_method(method):
     rnn = build(method=method, bidirectional=True)
@@ -98,7 +100,7 @@ def test_exports_whatever_the_method(method):
 
 def test_the_closed_form_exports_for_any_length_too():
     rnn = build(method="log", bidirectional=True)
-    program = torch.export.export(rnn, (draw(2, 5, 4),), dynamic_shapes=({0: DYNAMIC, 1: DYNAMIC},))
+    program = torch.export.export(rnn, (draw(2, 5, 4),), dynamic_shapes=({0: DYNAMIC, 1: DYNAMIC},), strict=False)
     assert_same(program.module()(draw(3, 50, 4)), rnn(draw(3, 50, 4)))
 
 
@@ -292,6 +294,8 @@ def fully_sharded():
 
 
 CHECKS = {check.__name__: check for check in (distributed_data_parallel, fully_sharded)}
+if OLDEST:
+    del CHECKS["fully_sharded"]  # PyTorch 2.6 cannot do it on a CPU
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,8 @@ from decimal import Decimal, getcontext
 import numpy as np
 import pytest
 import torch
+from torch.nn.utils import prune
+from torch.nn.utils.parametrizations import weight_norm
 
 from qrnn_layer import ACTIVATIONS, METHODS, MODES, QRNNLayer, QRNNState
 
@@ -342,6 +344,8 @@ STATE = QRNNState(torch.zeros(2, 6), torch.zeros(2, 1, 4))
         (lambda: QRNNLayer(4, 6, zoneout=True), ("zoneout", "True")),
         (lambda: QRNNLayer(4, 6, bias=False).reset_parameters(1.0), ("forget_bias", "1.0")),
         (lambda: QRNNLayer(4, 6).reset_parameters(math.nan), ("forget_bias", "nan", "a number")),
+        (lambda: prune.l1_unstructured(QRNNLayer(4, 6), "weight", 3).reset_parameters(), ("weight_orig", "alone")),
+        (lambda: weight_norm(QRNNLayer(4, 6)).reset_parameters(), ("parametrizations.weight", "alone")),
         (lambda: QRNNLayer(4, 6).reset_parameters("1"), ("forget_bias", "'1'", "a number")),
         (lambda: QRNNLayer(4, 6, dtype=torch.complex64), ("dtype", "torch.complex64", "floating")),
         (lambda: QRNNLayer(4, 6)(X, QRNNState(STATE.c, STATE.window.double())), ("state.window", "torch.float64")),

@@ -501,6 +501,7 @@ GOOD = torch.zeros(2, 5, 3)
         (lambda: pool(GOOD, GOOD, block_size=0), ("block_size", "0")),
         (lambda: pool(GOOD + 1, GOOD, check=True), ("log_f", "1.0", "(0, 0, 0)")),
         (lambda: pool(GOOD, GOOD * math.nan, check=True), ("log_x", "nan", "(0, 0, 0)")),
+        (lambda: pool(GOOD, GOOD + 90, check=True), ("log_x", "90.0", "(0, 0, 0)", "finite exp")),
         (lambda: pool(GOOD, GOOD, GOOD[:, 0] - INF, check=True), ("h0", "-inf", "(0, 0)", "finite")),
         (lambda: signed_pool(GOOD, GOOD, GOOD - INF, check=True), ("z", "-inf", "(0, 0, 0)", "finite")),
         (lambda: signed_pool(GOOD, GOOD, GOOD[:1]), ("z", "(1, 5, 3)", "(2, 5, 3)")),

@@ -381,7 +381,7 @@ C, WINDOW = torch.zeros(1, 2, 6), torch.zeros(1, 2, 4)
         (TypeError, lambda: RNN(X, (C,)), ("hx", "tuple", "(h, c)")),
         (TypeError, lambda: RNN(X, C), ("hx", "Tensor", "(h, c)")),  # never taken for h or for c
         (TypeError, lambda: F_MODE(X, (C, C)), ("hx", "tuple", "a tensor h", "(1, 2, 6)")),
-        (TypeError, lambda: RNN(X, (C, C, (WINDOW,))), ("hx", "three parts", "(h, c)")),
+        (TypeError, lambda: RNN(X, (C, C, (WINDOW,))), ("parts of hx: 3 given", "(h, c)")),
         (TypeError, lambda: RNN(X, (None, None)), ("hx", "h", "NoneType")),
         (ShapeError, lambda: QRNN(4, 6, 2)(X, RNN(X)[1]), ("hx", "h", "(1, 2, 6)", "(2, 2, 6)")),
         (ShapeError, lambda: RNN(X[:, 0], (C, C)), ("hx", "h", "(1, 2, 6)", "(1, 6)")),
