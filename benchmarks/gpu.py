@@ -8,7 +8,6 @@ row that says why. All steps but `bradbury` and `training_steps` need no package
 
 from __future__ import annotations
 
-import argparse
 import fcntl
 import json
 import multiprocessing
@@ -34,6 +33,7 @@ from torch.utils._pytree import tree_leaves
 from benchmarks.gpu_ways import WAYS, Way, pooling_call, problem_of, way
 from benchmarks.instruments import Call, Row, Shape, interleaved, speed_rows
 from benchmarks.peers import one_line
+from lab.parser import Parser
 from lab.provenance import provenance
 from qrnn_layer import QRNNLayer
 
@@ -451,7 +451,7 @@ MEASURED = {step.__name__: step for step in (compile_methods, tests, methods, fi
 
 def main(arguments: Sequence[str], plan: Plan = PLAN) -> int:
     """Run a step; return the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(__doc__)
     parser.add_argument("step", choices=(*MEASURED, bradbury.__name__))
     parser.add_argument("folder", type=Path, help="where STEP.json is written")
     parser.add_argument("--device", default="cuda", choices=("cpu", "cuda"))

@@ -46,8 +46,8 @@ from benchmarks.record import INFERENCE, RESULTS, STACK, STACKED, STEP
 from experiment import build_model
 from lab.batches import SentenceBatches
 from lab.checkpoint import write_file
-from lab.command_line import Parser
 from lab.language_model import next_word_loss
+from lab.parser import Parser
 from lab.presets import PRESETS, Config
 from lab.provenance import keep_freed_memory, provenance
 from lab.settings import InputError

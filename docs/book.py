@@ -20,7 +20,8 @@ from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 from nbformat import NotebookNode
 from pygments.formatters import HtmlFormatter
 
-from lab.command_line import Parser, exit_code
+from lab.command_line import exit_code
+from lab.parser import Parser
 from lab.settings import InputError
 
 DOCS = Path(__file__).parent

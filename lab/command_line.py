@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from itertools import dropwhile, takewhile
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import TypeVar
 
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
@@ -30,19 +30,6 @@ from lab.training import TrainingError
 PATIENCE = 10  # seconds that a process waits for another to say what is wrong
 AnyConfig = TypeVar("AnyConfig", bound=RunConfig)
 REGISTRY = ConstructorRegistry()  # what tyro reads in another way than by itself
-
-
-class Parser(argparse.ArgumentParser):
-    """Parse the flags of a script that has few of them: an error is one line, and no flag may be shortened."""
-
-    def __init__(self, description: str | None) -> None:
-        formatter = argparse.RawDescriptionHelpFormatter
-        super().__init__(
-            prog=f"python {script()}", description=description, formatter_class=formatter, allow_abbrev=False
-        )
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}\n")
 
 
 def parse(arguments: Sequence[str], presets: dict[str, AnyConfig]) -> AnyConfig:

@@ -27,9 +27,10 @@ from benchmarks.record import RESULTS
 from experiment import build_model, evaluation_batches
 from lab.batches import build_vocabulary, encode
 from lab.checkpoint import write_file
-from lab.command_line import Parser, exit_code
+from lab.command_line import exit_code
 from lab.corpora import load_corpus
 from lab.language_model import next_word_loss
+from lab.parser import Parser
 from lab.presets import Config
 from lab.provenance import provenance
 from lab.run import RUNS, load_best

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from experiment import LanguageModelling
-from lab.command_line import Parser, exit_code, parse
+from lab.command_line import exit_code, parse
 from lab.language_model import LanguageModel
+from lab.parser import Parser
 from lab.presets import PRESETS, Config
 from lab.run import run
 from lab.settings import Range, check_range

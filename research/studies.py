@@ -39,7 +39,8 @@ from itertools import product
 from typing import Any, NamedTuple
 
 from examples.sentiment.data import FOLDS
-from lab.command_line import Parser, exit_code
+from lab.command_line import exit_code
+from lab.parser import Parser
 from lab.presets import Config
 from lab.settings import InputError
 from research.jobs import GO_ON, Job, Jobs, carry_out, on_record

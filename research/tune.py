@@ -17,7 +17,8 @@ from collections.abc import Sequence
 
 import optuna
 
-from lab.command_line import Parser, exit_code, parse
+from lab.command_line import exit_code, parse
+from lab.parser import Parser
 from lab.presets import PRESETS, Config
 from lab.settings import Range, check_range
 from research.jobs import GO_ON, Job, Jobs, carry_out

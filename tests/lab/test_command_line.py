@@ -17,8 +17,9 @@ import torch
 from examples.sentiment import config as sentiment
 from examples.translation import config as translation
 from lab import command_line, presets, settings
-from lab.command_line import Parser, exit_code, parse
+from lab.command_line import exit_code, parse
 from lab.corpora import CorpusError
+from lab.parser import Parser
 from lab.report import fenced
 from lab.run import check_sizes
 from lab.settings import InputError

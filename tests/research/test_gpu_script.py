@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from benchmarks import gpu
@@ -136,6 +137,14 @@ def test_a_run_that_is_stopped_before_its_first_epoch_says_so(tmp_path, monkeypa
     monkeypatch.setattr(gpu, "flags", lambda preset, model: ["--preset", "demo", "--models", model])
     for row in rows(tmp_path, "bradbury", "--data", str(tmp_path), "--seconds", "0"):
         assert row["skipped"] and row["exit_code"] != 0
+
+
+@pytest.mark.parametrize("arguments", (["nothing", "out"], ["tests"], ["tests", "out", "--dev", "cpu"]))
+def test_wrong_arguments_are_told_in_one_line(arguments, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stopped.value.code == 2 and line.startswith("error: ")
 
 
 def test_without_data_the_training_is_skipped_with_a_line(tmp_path, capsys):
