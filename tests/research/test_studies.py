@@ -212,17 +212,29 @@ def test_without_the_corpus_nothing_runs_and_nothing_is_written(command, where, 
     assert {path.name: path.read_bytes() for path in away.glob("*.json")} == before and not (away / "runs").exists()
 
 
-@pytest.mark.parametrize("content", ["", '{"a"', "{}", "[]", "null"])
-def test_a_damaged_run_is_run_again_and_a_damaged_record_is_named(data, away, monkeypatch, capsys, content):
+DAMAGED = pytest.mark.parametrize("content", ["", '{"a"', "{}", "[]", "null"])
+
+
+@DAMAGED
+def test_a_damaged_record_is_named_before_anything_runs(data, away, monkeypatch, capsys, content):
     monkeypatch.setitem(STUDIES, "tiny", lambda: {"good": Job(f"{TINY} --models qrnn")})
     (away / "tiny.json").write_text(content)
     assert main(["tiny", "--data", str(data)]) == 2
     assert "tiny.json" in capsys.readouterr().err and (away / "tiny.json").read_text() == content
     assert not (away / "runs").exists()
-    (away / "tiny.json").unlink()
+
+
+@DAMAGED
+def test_a_damaged_run_is_not_finished(tmp_path, content):
+    (tmp_path / "results.json").write_text(content)
+    assert not jobs.finished(tmp_path / "results.json")
+
+
+def test_a_damaged_run_is_run_again(data, away, monkeypatch):
+    monkeypatch.setitem(STUDIES, "tiny", lambda: {"good": Job(f"{TINY} --models qrnn")})
     assert main(["tiny", "--data", str(data)]) == 0
     (results,) = (away / "runs").glob("*/results.json")
-    results.write_text(content)
+    results.write_text('{"a"')
     assert main(["tiny", "--data", str(data)]) == 0
     assert json.loads(results.read_text())["models"]
 
