@@ -20,7 +20,7 @@ first_kernel  the QRNN of seeds with a first layer that sees one word, three see
 candidates    candidates of the QRNN, one epoch; 1/2 h
 initial       QRNN and LSTM with larger initial candidates, three seeds; 1 1/2 h
 ptb_quarter   what helps on a quarter of the Penn Treebank as one stream, 8 epochs, one seed; 1 1/2 h
-language_models  ten trials of each model of `seeds`: what `tuned` searches, initial weights and forget bias; 3 1/2 h
+language_models  ten trials of each language model: learning rate, initial weights, forget bias, dropout; 3 3/4 h
 translators   twelve trials of each translator: learning rate, initial weights, dropout; 1/2 h
 both_ways     the same trials of an LSTM whose encoder reads both ways; 1/4 h
 translation   all three translators with their best trials on all pairs; 1 1/2 h
