@@ -75,6 +75,7 @@ def build_qrnn(config: Config, hidden: int) -> QRNN:
         first_kernel_size=config.first_kernel_size or config.kernel_size,
         mode=config.mode,
         zoneout=config.zoneout,
+        mean_zoneout=True,
         activation=config.activation,
         dense=config.dense,
         method=config.method,

@@ -35,10 +35,7 @@ FLOORS = {"tanh": -1, "elu": -1, "shifted_softplus": -math.log(2), "identity": -
 
 # --- the trick -------------------------------------------------------------------------------------------------------
 def closed_form(log_f: Tensor, log_x: Tensor) -> tuple[Tensor, Tensor]:
-    """Solve h_t = f_t h_{t-1} + x_t with h_0 = 0 for every t at once, over the dimension before the last.
-
-    Returns log h and c, the running sums of log_f. Both are shaped like the arguments, (..., T, H).
-    """
+    """Solve h_t = f_t h_{t-1} + x_t with h_0 = 0 for all t at once: log h and c, the sums of log_f, (..., T, H)."""
     c = log_f.cumsum(dim=-2)  # log of f_1 * ... * f_t
     log_h = c + (log_x - c).logcumsumexp(dim=-2)  # f_1...f_t * sum of x_s / (f_1...f_s), in logs
     return log_h, c
@@ -62,7 +59,7 @@ class QRNNLayer(nn.Module):
         input_size, hidden_size: features F of the input, channels H of the output. device, dtype: of the parameters.
         kernel_size: width K of the convolution. Step t sees the inputs t - K + 1 ... t, never a later one.
         mode: "f", "fo" or "ifo" (section 2 of the paper): which gates there are.
-        zoneout: probability that a channel keeps its state for a step, in training (eq. 6, without rescaling).
+        zoneout: probability to keep the state for a step, in training (eq. 6). mean_zoneout: evaluate with its mean.
         activation: of the candidate: "tanh" (the paper's), "elu", "identity" or "shifted_softplus", softplus(2a) - log
             2, which has value 0 and slope 1 at 0, as tanh. Never negative: "softplus", "exp", "sigmoid" and "relu".
         bias, method: whether the projection has a bias; how to pool, see `pool`. In "f" and "fo" the methods "log" and
@@ -82,6 +79,7 @@ class QRNNLayer(nn.Module):
         *,
         activation: str = "tanh",
         bias: bool = True,
+        mean_zoneout: bool = False,
         method: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -90,12 +88,13 @@ class QRNNLayer(nn.Module):
         expect(str(mode) in MODES, "mode", mode, f"one of {', '.join(MODES)}")
         expect(str(activation) in ACTIVATIONS, "activation", activation, f"one of {', '.join(ACTIVATIONS)}")
         expect(str(method) in ("auto", *METHODS), "method", method, f"auto or one of {', '.join(METHODS)}")
-        expect(type(bias).__name__ in ("bool", "bool_", "int") and bias in (0, 1), "bias", bias, "a bool", TypeError)
+        for n, flag in (("bias", bias), ("mean_zoneout", mean_zoneout)):
+            expect(type(flag).__name__ in ("bool", "bool_", "int") and flag in (0, 1), n, flag, "a bool", TypeError)
         expect(getattr(dtype, "is_floating_point", dtype is None), "dtype", dtype, "a floating dtype")
         self.input_size, self.hidden_size = check_size("input_size", input_size), check_size("hidden_size", hidden_size)
         self.kernel_size, self.zoneout = check_size("kernel_size", kernel_size), check_probability("zoneout", zoneout)
         self.mode, self.activation, self.method = str(mode), str(activation), str(method)
-        rows = MODES[self.mode] * self.hidden_size
+        self.mean_zoneout, rows = bool(mean_zoneout), MODES[self.mode] * self.hidden_size
         self.weight = nn.Parameter(torch.empty(rows, self.kernel_size * self.input_size, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(rows, device=device, dtype=dtype)) if bias else None
         self.reset_parameters()
@@ -175,6 +174,8 @@ class QRNNLayer(nn.Module):
         log_f = F.logsigmoid(a_f)  # never log(sigmoid(a)), which is -inf from a = -104 on
         i = torch.sigmoid(others[0] if self.mode == "ifo" else -a_f)  # 1 - f = sigmoid(-a_f), to the last digit
         o = None if self.mode == "f" else torch.sigmoid(others[-1])
+        if self.mean_zoneout and self.zoneout and not self.training:  # f and i are what they are on average in training
+            i, log_f = (1 - self.zoneout) * i, torch.logaddexp(log_f, F.logsigmoid(-a_f) + math.log(self.zoneout))
         if keep is not None:
             log_f, i = log_f.masked_fill(keep, 0), i.masked_fill(keep, 0)  # f = 1, and nothing enters
         return self._pool(log_f, i * z, c0, keep), o
@@ -376,9 +377,8 @@ def _recurrence(
 
 
 def _hold(h: Tensor, h0: Tensor, keep: Tensor) -> Tensor:
-    """Repeat the state before, to the bit, where `keep`: a scan comes to each step on a path of its own."""
-    step = torch.arange(1, h.shape[1] + 1, device=h.device).unsqueeze(1)  # (T, 1)
-    moved = torch.where(keep, 0, step).cummax(dim=1).values  # (B, T, H or 1), the last step that did, 0 if none
+    """Repeat the state of the last step not to `keep`, to the bit: a scan comes to each step on a path of its own."""
+    moved = torch.arange(1, h.shape[1] + 1, device=h.device).unsqueeze(1).where(~keep, 0).cummax(dim=1).values
     return torch.cat([h0.unsqueeze(1), h], dim=1).take_along_dim(moved, dim=1)
 
 

@@ -431,9 +431,9 @@ def flags(preset: str, model: str) -> list[str]:
     return ["--preset", preset, "--models", model]
 
 
-def bradbury(data: Path, seconds: float, device: str, record: Record) -> None:
-    """Train the paper's language model on the Penn Treebank, both models at once."""
-    train({model: flags("bradbury", model) for model in ("qrnn", "lstm")}, data, seconds, device, record)
+def bradbury(models: Sequence[str], data: Path, seconds: float, device: str, record: Record) -> None:
+    """Train the paper's language model on the Penn Treebank, all models at once."""
+    train({model: flags("bradbury", model) for model in models}, data, seconds, device, record)
 
 
 def training_steps(plan: Plan, device: str, record: Record) -> None:
@@ -458,6 +458,7 @@ def main(arguments: Sequence[str], plan: Plan = PLAN) -> int:
     parser.add_argument(
         "--data", type=Path, default=Path("data"), help="folder that holds ptb/, the Penn Treebank (data)"
     )
+    parser.add_argument("--models", nargs="+", default=("qrnn", "lstm"), choices=("qrnn", "lstm"), help="of bradbury")
     parser.add_argument("--seconds", type=float, default=60.0, help="after which trainings are stopped (60)")
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -470,7 +471,7 @@ def main(arguments: Sequence[str], plan: Plan = PLAN) -> int:
     if options.step in MEASURED:
         MEASURED[options.step](plan, options.device, record)
     else:
-        bradbury(options.data, options.seconds, options.device, record)
+        bradbury(options.models, options.data, options.seconds, options.device, record)
     return 0
 
 

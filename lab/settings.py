@@ -141,7 +141,7 @@ class Networks:
     """QRNN: function that makes the candidate, the new value that the gates let in. The paper's is tanh.
     In log space, one without a lower bound (identity; in the mode ifo all that can be negative) is pooled slower."""
     zoneout: Probability = 0.0
-    """QRNN: probability that a unit keeps its state for a step, in training."""
+    """QRNN: probability that a unit keeps its state for a step, in training. Validation and test take the mean."""
     method: Literal["auto", "loop", "log", "blocked", "scan"] = "auto"
     """QRNN: how the recurrence is computed; all give the same result up to rounding. auto: scan."""
     dropout: Probability = 0.0

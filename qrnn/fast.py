@@ -165,6 +165,11 @@ class _Setting(NamedTuple):
     def activation(self) -> _Activation:
         return ACTIVATIONS[self.layer.activation]
 
+    @property
+    def kept_of_gates(self) -> float:
+        """Return how much of 1 - f and i is left where zoneout is replaced by its mean."""
+        return 1 - self.layer.zoneout if self.layer.mean_zoneout and not self.layer.training else 1.0
+
     def signs(self, dtype: torch.dtype) -> Tensor:
         """Return what the numbers of a step of the projection are multiplied by, (rows,), see `_activate`."""
         return _signs(self.mode, self.layer.hidden_size, dtype)
@@ -192,7 +197,10 @@ def _blocks(y: Tensor, mode: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def _activate(y: Tensor, setting: _Setting) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Turn the projection, times `signs`, into candidates and gates, in place, and return `_blocks` of it."""
     blocks = _blocks(y, setting.mode)
-    y[..., blocks[0].shape[-1] :].sigmoid_()
+    width = blocks[0].shape[-1]
+    y[..., width:].sigmoid_()
+    if setting.kept_of_gates < 1:
+        y[..., width : (3 if setting.mode == "ifo" else 2) * width] *= setting.kept_of_gates
     setting.activation.forward_(blocks[0])
     return blocks
 
@@ -358,9 +366,10 @@ class FastQRNNLayer(QRNNLayer):
     """Do what `QRNNLayer` does, faster on a CPU; arguments, parameters and numbers are the same.
 
     The plain layer computes what this one cannot or need not: other devices, float16, methods other than "scan" (or
-    "auto"), no steps or no sequences, forward-mode derivatives, `torch.func`, `torch.compile`, `torch.export`, tracing.
-    Second derivatives are those of the plain layer. Where `qrnn.convolution` takes its short filter, an input of inf or
-    near the largest float makes its sequence NaN; the plain layer saturates.
+    "auto"), no steps or no sequences, derivatives of an evaluation with `mean_zoneout`, forward-mode derivatives,
+    `torch.func`, `torch.compile`, `torch.export`, tracing. Second derivatives are those of the plain layer. Where
+    `qrnn.convolution` takes its short filter, an input of inf or near the largest float makes its sequence NaN; the
+    plain layer saturates.
     """
 
     def _run(self, window: Tensor, x: Tensor, c0: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -370,6 +379,8 @@ class FastQRNNLayer(QRNNLayer):
             return super()._run(window, x, c0, keep)
         trained = (window, x, c0, self.weight) if self.bias is None else (window, x, c0, self.weight, self.bias)
         differentiates = torch.is_grad_enabled() and any(array.requires_grad for array in trained)
+        if differentiates and setting.kept_of_gates < 1:  # the backward pass takes gates for sigmoids
+            return super()._run(window, x, c0, keep)
         if x.shape[1] == 1 and not differentiates:
             return self._step(window, x, c0, keep, setting)
         window, x, keep = window.transpose(0, 1), x.transpose(0, 1), None if keep is None else keep.transpose(0, 1)

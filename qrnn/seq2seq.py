@@ -131,7 +131,7 @@ class QRNNSeq2Seq(nn.Module):
         first_kernel_size: width of the encoder's first. Default: `kernel_size`.
         causal_encoder: False centres the encoder's convolutions, see `CentredLayer`. The decoder's are always causal.
         mode: "fo" or "ifo"; there is no eq. 8 without an output gate.
-        zoneout, activation, method, device, dtype: of each layer, see `QRNNLayer`.
+        zoneout, mean_zoneout, activation, method, device, dtype: of each layer, see `QRNNLayer`.
 
     Raises:
         TypeError: if a size is no whole number, or a flag no bool.
@@ -152,6 +152,7 @@ class QRNNSeq2Seq(nn.Module):
         causal_encoder: bool = True,
         mode: str = "fo",
         zoneout: float = 0.0,
+        mean_zoneout: bool = False,
         activation: str = "tanh",
         method: str = "auto",
         device: torch.device | str | None = None,
@@ -167,7 +168,13 @@ class QRNNSeq2Seq(nn.Module):
         check_flag("causal_encoder", causal_encoder)
         expect(str(mode) in ("fo", "ifo"), "mode", mode, "fo or ifo, for attention needs an output gate (eq. 8),")
         place: dict[str, Any] = {"device": device, "dtype": dtype}
-        options = {"mode": mode, "zoneout": zoneout, "activation": activation, "method": method, **place}
+        options: dict[str, Any] = {
+            "mode": mode,
+            "zoneout": zoneout,
+            "mean_zoneout": mean_zoneout,
+            "activation": activation,
+        }
+        options |= {"method": method, **place}
 
         def stack(layer_class: type[Layer], first_kernel_size: int) -> Sequence[Layer]:
             features = [embedding_size] + [hidden_size] * (num_layers - 1)

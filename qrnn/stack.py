@@ -48,6 +48,8 @@ class QRNN(nn.Module):
         kernel_size: width of the convolution of all layers but the first, see `QRNNLayer`.
         first_kernel_size: that of the first layer; the paper takes 6 for characters. A single layer has only this one.
         mode, zoneout, activation, method, device, dtype: of each layer, see `QRNNLayer`.
+        mean_zoneout: forget by f + zoneout (1 - f) in evaluation, the mean of training, as the code of the paper's
+            authors does. Without it evaluation forgets by f, faster than training: a large zoneout then costs much.
         dense: each layer is fed with the input and the outputs of all layers before it (paper, section 2.1).
 
     Raises:
@@ -86,6 +88,7 @@ class QRNN(nn.Module):
         first_kernel_size: int = 1,
         mode: str = "fo",
         zoneout: float = 0.0,
+        mean_zoneout: bool = False,
         activation: str = "tanh",
         dense: bool = False,
         method: str = "auto",
@@ -111,7 +114,7 @@ class QRNN(nn.Module):
             )
         directions = 2 if self.bidirectional else 1
         options: dict[str, Any] = {"activation": activation, "bias": self.bias, "method": method}
-        options |= {"device": device, "dtype": dtype}
+        options |= {"mean_zoneout": mean_zoneout, "device": device, "dtype": dtype}
         kernel_size = check_size("kernel_size", kernel_size)  # also where a single layer does not need it
         layers, features, width = [], self.input_size, check_size("first_kernel_size", first_kernel_size)
         for _ in range(self.num_layers):

@@ -43,7 +43,8 @@ class ClosedFormLayer(QRNNLayer):
 def by_closed_form(layer: QRNNLayer) -> ClosedFormLayer:
     """Return a layer with the same weights that pools by the closed form; it draws no random numbers."""
     sizes = layer.input_size, layer.hidden_size, layer.kernel_size
-    options = {"activation": layer.activation, "device": layer.weight.device, "dtype": layer.weight.dtype}
+    options = {"activation": layer.activation, "mean_zoneout": layer.mean_zoneout}
+    options |= {"device": layer.weight.device, "dtype": layer.weight.dtype}
     copy = skip_init(ClosedFormLayer, *sizes, layer.mode, layer.zoneout, **options)
     copy.weight, copy.bias = layer.weight, layer.bias
     return copy

@@ -79,7 +79,8 @@ def single_layers(rnn: QRNN | nn.LSTM) -> list[nn.Module]:
         else:
             layer = rnn.layers[index]
             options: dict[str, Any] = {"mode": rnn.mode, "activation": layer.activation, "zoneout": layer.zoneout}
-            options |= {"first_kernel_size": layer.kernel_size, "method": layer.method}
+            options |= {"mean_zoneout": layer.mean_zoneout, "method": layer.method}
+            options["first_kernel_size"] = layer.kernel_size
             single = QRNN(*size, batch_first=True, **options)
             mine = {f"layers.0.{name}": value for name, value in layer.state_dict().items()}
         single.load_state_dict(mine)

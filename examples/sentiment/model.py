@@ -62,6 +62,7 @@ def build_qrnn(config: Config, hidden: int) -> QRNN:
         first_kernel_size=config.kernel_size,
         mode=config.mode,
         zoneout=config.zoneout,
+        mean_zoneout=True,
         activation=config.activation,
         dense=True,
         method=config.method,

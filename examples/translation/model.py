@@ -32,6 +32,7 @@ def build_qrnn(config: Config, hidden: int, vocabulary: int) -> QRNNSeq2Seq:
         causal_encoder=config.causal_encoder,
         mode=config.mode,
         zoneout=config.zoneout,
+        mean_zoneout=True,
         activation=config.activation,
         method=config.method,
     )

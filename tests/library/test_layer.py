@@ -13,6 +13,7 @@ import torch
 from torch.nn.utils import prune
 from torch.nn.utils.parametrizations import weight_norm
 
+from qrnn.fast import FastQRNNLayer
 from qrnn_layer import ACTIVATIONS, METHODS, MODES, QRNNLayer, QRNNState
 
 every_method = pytest.mark.parametrize("method", METHODS)
@@ -41,7 +42,8 @@ def reference_layer(layer, x):
                 y += x[:, t - (width - 1) + k].double() @ weight[:, k].T
         blocks = y.split(channels, dim=1)
         z, f = ACTIVATIONS[layer.activation](blocks[0]), blocks[1].sigmoid()
-        c = f * c + (blocks[2].sigmoid() if layer.mode == "ifo" else 1 - f) * z
+        moved = f * c + (blocks[2].sigmoid() if layer.mode == "ifo" else 1 - f) * z
+        c = layer.zoneout * c + (1 - layer.zoneout) * moved if layer.mean_zoneout else moved
         h.append(c if layer.mode == "f" else blocks[-1].sigmoid() * c)
     return torch.stack(h, 1), c
 
@@ -165,6 +167,57 @@ def test_zoneout_is_off_in_evaluation(mode):
     layer = QRNNLayer(4, 6, mode=mode, zoneout=0.9).double().eval()
     x = torch.randn(3, 9, 4, dtype=torch.float64)
     torch.testing.assert_close(layer(x)[0], reference_layer(layer, x)[0])
+
+
+@pytest.mark.parametrize("zoneout", (0.0, 1e-9, 0.3, 1.0))
+@pytest.mark.parametrize("layer_class", (QRNNLayer, FastQRNNLayer))
+@pytest.mark.parametrize("method", METHODS)
+@every_mode
+def test_mean_zoneout_evaluates_with_the_mean(mode, method, layer_class, zoneout):
+    torch.manual_seed(0)
+    layer = layer_class(4, 6, mode=mode, method=method, zoneout=zoneout, mean_zoneout=True).double().eval()
+    x = torch.randn(3, 9, 4, dtype=torch.float64)
+    wanted, c = reference_layer(layer, x)
+    h, state = layer(x)
+    torch.testing.assert_close((h, state.c), (wanted, c))
+    with torch.no_grad():  # where the fast layer is another function
+        torch.testing.assert_close(layer(x), (h, state))
+        steps, after = [], None
+        for t in range(9):
+            one, after = layer(x[:, t : t + 1], after)
+            steps.append(one)
+        torch.testing.assert_close(torch.cat(steps, 1), h)
+
+
+@every_mode
+def test_a_step_with_mean_zoneout_is_the_mean_of_training_steps(mode):
+    torch.manual_seed(0)
+    layer = QRNNLayer(4, 6, mode=mode, zoneout=0.3, mean_zoneout=True).double()
+    x, many = torch.randn(1, 1, 4, dtype=torch.float64), 40_000
+    state = QRNNState(torch.randn(1, 6, dtype=torch.float64), torch.randn(1, 1, 4, dtype=torch.float64))
+    drawn = layer(x.expand(many, -1, -1), QRNNState(*(part.expand(many, *part.shape[1:]) for part in state)))[1].c
+    mean = layer.eval()(x, state)[1].c[0]
+    assert ((drawn.mean(0) - mean).abs() < 5 * drawn.std(0) / math.sqrt(many)).all()  # five standard errors
+
+
+@every_mode
+def test_mean_zoneout_changes_nothing_in_training(mode):
+    layers = [QRNNLayer(4, 6, mode=mode, zoneout=0.3, mean_zoneout=flag) for flag in (False, True)]
+    layers[1].load_state_dict(layers[0].state_dict())
+    x, outputs = torch.randn(3, 9, 4), []
+    for layer in layers:
+        torch.manual_seed(0)
+        outputs.append(layer(x)[0])
+    assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("layer_class", (QRNNLayer, FastQRNNLayer))
+@every_mode
+def test_derivatives_of_an_evaluation_with_mean_zoneout(mode, layer_class):
+    torch.manual_seed(0)
+    layer = layer_class(3, 4, mode=mode, zoneout=0.4, mean_zoneout=True).double().eval()
+    x = torch.randn(2, 5, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: layer(x)[0], (x,))
 
 
 def test_zoneout_of_one_freezes_the_state():

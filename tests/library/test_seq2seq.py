@@ -310,11 +310,13 @@ def test_zoneout_is_in_training_only():
 
 
 def test_options_reach_their_layers():
-    model, *_ = make(kernel_size=3, first_kernel_size=6, causal_encoder=False, method="blocked", activation="relu")
+    options = {"method": "blocked", "activation": "relu", "zoneout": 0.3, "mean_zoneout": True}
+    model, *_ = make(kernel_size=3, first_kernel_size=6, causal_encoder=False, **options)
     assert [layer.kernel_size for layer in model.encoder] == [6, 3, 3]
     assert [layer.kernel_size for layer in model.decoder] == [3, 3, 3]
     assert [type(layer) for layer in (*model.encoder, *model.decoder)] == [CentredLayer] * 3 + [DecoderLayer] * 3
-    assert {(layer.method, layer.activation) for layer in (*model.encoder, *model.decoder)} == {("blocked", "relu")}
+    for layer in (*model.encoder, *model.decoder):
+        assert {name: getattr(layer, name) for name in options} == options
 
 
 def test_nothing_is_hidden_in_the_module():

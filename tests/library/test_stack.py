@@ -75,9 +75,10 @@ def test_the_first_layer_may_have_a_width_of_its_own(bidirectional):
 
 
 def test_options_reach_every_layer():
-    rnn = QRNN(4, 6, 2, mode="ifo", zoneout=0.2, activation="relu", method="loop", bias=False, bidirectional=True)
+    options = {"mode": "ifo", "zoneout": 0.2, "mean_zoneout": True, "activation": "relu", "method": "loop"}
+    rnn = QRNN(4, 6, 2, bias=False, bidirectional=True, **options)
     for layer in rnn.layers:
-        assert (layer.mode, layer.zoneout, layer.activation, layer.method) == ("ifo", 0.2, "relu", "loop")
+        assert {name: getattr(layer, name) for name in options} == options
         assert layer.bias is None
 
 

@@ -50,7 +50,7 @@ CALLS = {
     ),
     "QRNNLayer, options": (
         lambda **options: QRNNLayer(4, 6, **options),
-        {"activation": "tanh", "bias": True, "method": "log"},
+        {"activation": "tanh", "bias": True, "mean_zoneout": True, "method": "log"},
     ),
     "layer": (LAYER, {"x": ARRAY, "state": LAYER(ARRAY)[1], "lengths": [5, 3]}),
     "QRNN": (
@@ -61,6 +61,7 @@ CALLS = {
             "first_kernel_size": 1,
             "mode": "fo",
             "zoneout": 0.0,
+            "mean_zoneout": True,
             "activation": "tanh",
             "dense": False,
         },
@@ -76,6 +77,7 @@ CALLS = {
             "causal_encoder": True,
             "mode": "fo",
             "zoneout": 0.0,
+            "mean_zoneout": True,
             "activation": "tanh",
         },
     ),
