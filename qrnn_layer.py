@@ -223,7 +223,7 @@ def pool(
             4 eps (1 + log T + max |c_t| + max |log_x_t|) on a CPU, c_t the running sum of log_f; on a GPU more.
             "blocked": `closed_form` inside blocks of `block_size` steps, in float64: 1e-5 for any T.
             "scan": a scan of log gates and plain states: 5e-6 for any T. Products of gates below 1e-38 are 0.
-            "auto": "scan", faster than "blocked" on a CPU, and on a GPU if compiled for fixed sizes (torch >= 2.11).
+            "auto": "scan", faster than "blocked" on a CPU and, for many B H and compiled for fixed sizes, on a GPU.
         check: also check values, which makes a GPU wait. Unchecked, log_f > 0, NaN and inf are computed as they stand.
     Returns h, (B, T, H), in the dtype of log_f. bfloat16 and float16 are pooled in float32 and cast back.
     Raises TypeError if an argument is no tensor, ShapeError if one does not fit, ValueError for a wrong value.

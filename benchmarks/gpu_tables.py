@@ -20,6 +20,7 @@ from benchmarks.record import RESULTS, markdown, source, span, wide
 from benchmarks.tables import paper, side_by_side
 
 FORMS = ("eager", "eager, graph", "compiled", "compiled, graph")
+STEPS = ("methods", "fig4", "bradbury", "training_steps", "tests")  # of benchmarks/gpu.sh
 COMPARED = {  # name -> form of the LSTM, form of the QRNN
     "eager": ("eager", "eager"),
     "compiled": ("eager", "compiled"),  # the compiler leaves nn.LSTM as it is
@@ -30,7 +31,7 @@ BYTES = {"copy": 8, POINTWISE: 12}  # a number, that a pass from log f and x to 
 
 
 def contents(name: str) -> dict[str, dict[str, Any]]:
-    """Return the files of a step by their names: one, or two where it took two calls to come to its end."""
+    """Return the files of a step by their names: one, or more where it took more calls to come to its end."""
     paths = sorted(RESULTS.glob(f"gpu-{name}*.json"))
     return {path.name: json.loads(path.read_text()) for path in paths}
 
@@ -64,14 +65,13 @@ def limits() -> str:
 def pooling(part: str) -> str:
     """Return microseconds of each way to pool, in all forms, and the largest error in any of them, as a table."""
     rows = frame("methods", part=part)
-    order = rows["what"].unique()
     shapes = list(zip(*(rows[letter] for letter in "BTH"), strict=True))
     rows = rows.assign(shape=shapes, us=(1e3 * rows["ms"]).map("{:,.0f}".format, na_action="ignore"))
     cells = rows.pivot_table(index=["what", "shape"], columns="form", values="us", aggfunc="first")
     cells = cells.reindex(columns=list(FORMS))
     alone = cells[list(FORMS[1:])].isna().all(axis="columns")
     lines = cells.fillna("-").agg(" / ".join, axis=1).where(~alone, cells["eager"]).unstack("shape")
-    lines = lines[list(dict.fromkeys(shapes))].loc[[name for name in order if name in lines.index]]
+    lines = lines[list(PLAN.shapes)].loc[[name for name in ("copy", *WAYS) if name in lines.index]]
     errors = rows.dropna(subset="errors")
     worst = errors["errors"].map(max).groupby(errors["what"]).max()
     lines["largest error"] = worst.map("{:.0e}".format)
@@ -136,23 +136,35 @@ def launches() -> str:
 
 
 def bradbury() -> str:
-    """Compare the language models at the last epoch that both reached and at the best one of each, as a table."""
-    results = frame("bradbury")["result"]
-    both = min(len(result["epochs"]) for result in results)
+    """Compare the language models at the last epoch that all reached and at the best one of each, as a table."""
+    rows = frame("bradbury")
+    both = min(len(result["epochs"]) for result in rows["result"])
     lines = []
-    for result in results:
+    for result, evaluation in zip(rows["result"], rows["zoneout_in_evaluation"].fillna("has none"), strict=True):
         curve = Series({epoch["epoch"]: epoch["valid_perplexity"] for epoch in result["epochs"]})
         best = result["best_epoch"]
         lines.append(
             {
                 "`bradbury`": f"{result['model'].upper()}, {result['hidden']} units",
+                "zoneout in evaluation": evaluation,
                 f"validation, epoch {both}": f"{curve[both]:.1f}",
                 "best validation": f"{curve[best]:.1f}, epoch {best}",
                 "test there": f"{result['test_perplexity']:.2f}",
+                "stopped after": f"{result['interrupted_at_epoch'] or len(result['epochs']):.0f} epochs",
                 "words/s": f"{result['tokens_per_second']:,.0f}",
             }
         )
     return markdown(DataFrame(lines))
+
+
+def training_steps() -> str:
+    """Return the speed of training steps of the presets, and the LSTM's time over the QRNN's, as a table."""
+    rows = frame("training_steps").fillna({"amp": "float32"})
+    keys = ["preset", "part", "amp"]
+    both = rows.pivot(index=keys, columns="what", values="ms").reindex(rows[keys].drop_duplicates())
+    cells = [f"{row['qrnn']:.1f} / {row['lstm']:.1f} / {row['lstm'] / row['qrnn']:.2f}" for _, row in both.iterrows()]
+    table = DataFrame(both.index.to_list(), columns=["preset", "what", "dtype"])
+    return markdown(table.assign(**{"QRNN, ms / LSTM, ms / LSTM's time over the QRNN's": cells}))
 
 
 # --- the tests -------------------------------------------------------------------------------------------------------
@@ -251,11 +263,12 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "gpu graph training": partial(graph, "training"),
     "gpu launches": launches,
     "gpu bradbury": bradbury,
+    "gpu training steps": training_steps,
     "gpu tests": tests,
     "gpu count": counted,
     "gpu expected pooling": expected_pooling,
     "gpu count of a layer": counted_layer,
     "gpu expected layer, eager": partial(expected_layer, "eager"),
     "gpu expected layer, graph": partial(expected_layer, "graph"),
-    **{f"gpu source {name}": partial(origin, name) for name in ("methods", "fig4", "bradbury", "tests")},
+    **{f"gpu source {name}": partial(origin, name) for name in STEPS},
 }

@@ -143,7 +143,6 @@ COMPARISONS: dict[str, Callable[[], Compared | None]] = {
     "WikiText-2, sentences, layer 1 with k = 1": one_word_first,
     "WikiText-2, sentences, larger initial weights": larger_candidates,
     "WikiText-2, sentences, both tuned": test_perplexities("tuned"),
-    "WikiText-2, one stream, perplexity": test_perplexities("wikitext2"),
     "WikiText-2, one stream, larger initial weights": test_perplexities("wikitext2_scaled"),
     "Penn Treebank, one stream, larger initial weights, dropout 0.4": test_perplexities("ptb_scaled"),
     "Penn Treebank, one stream, larger initial weights, dropout 0.3": test_perplexities("ptb_tuned"),
@@ -153,6 +152,7 @@ COMPARISONS: dict[str, Callable[[], Compared | None]] = {
 
 
 ALL = COMPARISONS | {
+    "WikiText-2, one stream, perplexity": test_perplexities("wikitext2"),
     "Penn Treebank, one stream, perplexity": test_perplexities("ptb"),
     "WikiText-2, sentences, dense, validation perplexity": best_dense,
 }

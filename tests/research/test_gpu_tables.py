@@ -96,11 +96,21 @@ def test_every_way_to_pool_has_its_times_and_its_largest_error():
 
 
 def test_the_language_models_are_compared_at_the_same_epoch_too():
-    curves = {row["run"]: row["result"]["epochs"] for row in rows("bradbury")}
-    both = min(map(len, curves.values()))
+    found = rows("bradbury")
+    curves = [row["result"]["epochs"] for row in found]
+    all_reached = min(map(len, curves))
     header, *lines = cells(gpu_tables.bradbury())
-    assert header[1] == f"validation, epoch {both}"
-    assert [line[1] for line in lines] == [f"{curves[name][both - 1]['valid_perplexity']:.1f}" for name in curves]
+    assert header[2] == f"validation, epoch {all_reached}"
+    assert [line[2] for line in lines] == [f"{curve[all_reached - 1]['valid_perplexity']:.1f}" for curve in curves]
+    assert [line[1] for line in lines] == [row["zoneout_in_evaluation"] or "has none" for row in found]
+
+
+def test_training_steps_are_held_against_those_of_the_lstm():
+    _, *lines = cells(gpu_tables.training_steps())
+    found = rows("training_steps", preset="small", part="training", amp="bf16")
+    qrnn, lstm = (row["ms"] for name in ("qrnn", "lstm") for row in found if row["what"] == name)
+    assert ["small", "training", "bf16", f"{qrnn:.1f} / {lstm:.1f} / {lstm / qrnn:.2f}"] in lines
+    assert len(lines) * 2 == len(rows("training_steps"))
 
 
 def test_tests_that_did_not_pass_are_named_with_their_reason():
