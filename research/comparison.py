@@ -12,6 +12,7 @@ from pandas import DataFrame, Series
 from sacrebleu.metrics import BLEU
 from scipy.stats import ttest_ind, ttest_rel
 
+from benchmarks.gpu_tables import frame
 from benchmarks.record import markdown
 from research.record import finished_runs
 from research.studies import NAMES
@@ -115,6 +116,15 @@ def larger_candidates() -> Compared | None:
     return compare(runs[runs["activation"] == "tanh"] if len(runs) else runs, "test_perplexity")
 
 
+def paper_sizes() -> Compared | None:
+    """Return the language models of the paper's size, the QRNN with the mean of its zoneout in evaluation."""
+    rows = frame("bradbury")
+    if not len(rows):
+        return None
+    chosen = rows[rows["zoneout_in_evaluation"].isna() | (rows["zoneout_in_evaluation"] == "its mean")]
+    return compare(DataFrame([*chosen["result"]]), "test_perplexity")
+
+
 def reviews() -> Compared | None:
     """Return the accuracies on the test reviews of the folds that both models have read."""
     runs = finished_runs("folds")
@@ -139,21 +149,22 @@ def test_perplexities(study: str) -> Callable[[], Compared | None]:
 
 
 COMPARISONS: dict[str, Callable[[], Compared | None]] = {
-    "WikiText-2, sentences, perplexity": test_perplexities("seeds"),
-    "WikiText-2, sentences, layer 1 with k = 1": one_word_first,
-    "WikiText-2, sentences, larger initial weights": larger_candidates,
     "WikiText-2, sentences, both tuned": test_perplexities("tuned"),
+    "WikiText-2, sentences, larger initial weights": larger_candidates,
     "WikiText-2, one stream, larger initial weights": test_perplexities("wikitext2_scaled"),
     "Penn Treebank, one stream, larger initial weights, dropout 0.4": test_perplexities("ptb_scaled"),
     "Penn Treebank, one stream, larger initial weights, dropout 0.3": test_perplexities("ptb_tuned"),
+    "Penn Treebank, one stream, the paper's 72 epochs": paper_sizes,
     "translation of Multi30k, BLEU": translations,
     "film reviews, accuracy in %": reviews,
 }
 
 
 ALL = COMPARISONS | {
-    "WikiText-2, one stream, perplexity": test_perplexities("wikitext2"),
-    "Penn Treebank, one stream, perplexity": test_perplexities("ptb"),
+    "WikiText-2, sentences, weights of nn.LSTM": test_perplexities("seeds"),
+    "WikiText-2, sentences, weights of nn.LSTM, layer 1 with k = 1": one_word_first,
+    "WikiText-2, one stream, weights of nn.LSTM": test_perplexities("wikitext2"),
+    "Penn Treebank, one stream, weights of nn.LSTM": test_perplexities("ptb"),
     "WikiText-2, sentences, dense, validation perplexity": best_dense,
 }
 

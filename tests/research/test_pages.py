@@ -12,7 +12,7 @@ import pytest
 from pandas import Series
 from scipy.stats import t
 
-from benchmarks import record
+from benchmarks import gpu_tables, record
 from examples.sentiment import model as sentiment
 from examples.translation import model as translation
 from examples.translation.__main__ import scores
@@ -110,7 +110,7 @@ def run(name: str, valid: float, test: float | None, **config: object) -> dict:
 @pytest.fixture
 def write(tmp_path, monkeypatch):
     """Writes results/NAME.json, and makes its folder that of the results."""
-    for module in (jobs, tables):
+    for module in (jobs, tables, gpu_tables):
         monkeypatch.setattr(module, "RESULTS", tmp_path)
     monkeypatch.setattr("research.record.RESULTS", tmp_path)
 
@@ -232,6 +232,12 @@ def test_of_the_translators_the_best_on_validation_are_compared(write):
     assert comparison.translations() is None
 
 
+def test_the_papers_qrnn_is_compared_as_it_is_evaluated_now():
+    rows = gpu_tables.frame("bradbury")
+    scores = dict(zip(rows["zoneout_in_evaluation"].fillna("LSTM"), rows["result"], strict=True))
+    assert comparison.paper_sizes()[:2] == tuple(scores[name]["test_perplexity"] for name in ("its mean", "LSTM"))
+
+
 def test_comparisons_have_as_many_runs_of_one_as_of_the_other(write):
     scores = {"a": ("qrnn", 80.0), "b": ("qrnn", 82.0), "c": ("lstm", 90.0), "d": ("lstm", 90.5)}
     write("seeds", **{label: run(name, 95.0, test) for label, (name, test) in scores.items()})
@@ -239,7 +245,7 @@ def test_comparisons_have_as_many_runs_of_one_as_of_the_other(write):
     write("longer", **dense)
     write("ptb", a=run("qrnn", 70.0, 60.0))
     (row,) = cells(comparison.BLOCKS["comparison"]())
-    assert row[:3] == ["WikiText-2, sentences, perplexity", "81.00", "90.25"] and row[3].startswith("-9.25 (-")
+    assert row[:3] == ["WikiText-2, sentences, weights of nn.LSTM", "81.00", "90.25"] and row[3].startswith("-9.25 (-")
     assert comparison.best_dense() is comparison.one_word_first() is None
     assert "no interval" in comparison.verdict()
     write(
@@ -251,7 +257,7 @@ def test_comparisons_have_as_many_runs_of_one_as_of_the_other(write):
     assert comparison.best_dense().gap == 5.0
     write("first_kernel", a=run("qrnn", 90.0, 70.0), b=run("qrnn", 90.0, 70.2))
     assert comparison.one_word_first().gap == pytest.approx(-20.15)
-    assert "QRNN (WikiText-2, sentences, layer 1 with k = 1" in comparison.verdict()
+    assert "QRNN (WikiText-2, sentences, weights of nn.LSTM, layer 1 with k = 1" in comparison.verdict()
 
 
 # --- figures ---------------------------------------------------------------------------------------------------------
