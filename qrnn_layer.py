@@ -59,7 +59,8 @@ class QRNNLayer(nn.Module):
         input_size, hidden_size: features F of the input, channels H of the output. device, dtype: of the parameters.
         kernel_size: width K of the convolution. Step t sees the inputs t - K + 1 ... t, never a later one.
         mode: "f", "fo" or "ifo" (section 2 of the paper): which gates there are.
-        zoneout: probability to keep the state for a step, in training (eq. 6). mean_zoneout: evaluate with its mean.
+        zoneout: probability that a channel keeps its state for a step, in training (eq. 6, without rescaling).
+        mean_zoneout: in evaluation 1 - f and what enters are 1 - zoneout times theirs, their means. Default: they stay.
         activation: of the candidate: "tanh" (the paper's), "elu", "identity" or "shifted_softplus", softplus(2a) - log
             2, which has value 0 and slope 1 at 0, as tanh. Never negative: "softplus", "exp", "sigmoid" and "relu".
         bias, method: whether the projection has a bias; how to pool, see `pool`. In "f" and "fo" the methods "log" and
@@ -113,8 +114,9 @@ class QRNNLayer(nn.Module):
                 self.bias[self.hidden_size : 2 * self.hidden_size] += forget_bias
 
     def extra_repr(self) -> str:
-        options = (f"{n}={getattr(self, n)!r}" for n in ("kernel_size", "mode", "zoneout", "activation", "method"))
-        return f"{self.input_size}, {self.hidden_size}, {', '.join(options)}, bias={self.bias is not None}"
+        names = ("kernel_size", "mode", "zoneout", "mean_zoneout", "activation", "method")
+        options = ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
+        return f"{self.input_size}, {self.hidden_size}, {options}, bias={self.bias is not None}"
 
     def initial_state(self, batch_size: int, like: Tensor) -> QRNNState:
         """Return zeros for `batch_size` sequences, on the device of `like` and in its dtype."""
@@ -166,16 +168,17 @@ class QRNNLayer(nn.Module):
         taps = torch.cat([seen[:, k : k + time] for k in range(self.kernel_size)], dim=2)  # (B, T, K*F)
         return F.linear(taps, self.weight, self.bias)
 
-    def _cells(self, projection: Tensor, c0: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def _cells(self, y: Tensor, c0: Tensor, keep: Tensor | None, mean: bool = True) -> tuple[Tensor, Tensor | None]:
         """Return the cell states and the output gate, (B, T, H) each, at least float32; no gate in the mode "f"."""
-        dtype = torch.promote_types(projection.dtype, torch.float32)  # sums over time in half precision say nothing
-        a_z, a_f, *others = projection.to(dtype).chunk(MODES[self.mode], dim=2)
+        dtype = torch.promote_types(y.dtype, torch.float32)  # sums over time in half precision say nothing
+        a_z, a_f, *others = y.to(dtype).chunk(MODES[self.mode], dim=2)
         z = ACTIVATIONS[self.activation](a_z)
         log_f = F.logsigmoid(a_f)  # never log(sigmoid(a)), which is -inf from a = -104 on
         i = torch.sigmoid(others[0] if self.mode == "ifo" else -a_f)  # 1 - f = sigmoid(-a_f), to the last digit
         o = None if self.mode == "f" else torch.sigmoid(others[-1])
-        if self.mean_zoneout and self.zoneout and not self.training:  # f and i are what they are on average in training
-            i, log_f = (1 - self.zoneout) * i, torch.logaddexp(log_f, F.logsigmoid(-a_f) + math.log(self.zoneout))
+        if mean and self.mean_zoneout and self.zoneout and not self.training:  # below 1, for log 0 has no gradient
+            g = torch.sigmoid(-a_f).clamp(max=1 - torch.finfo(dtype).eps / 2)
+            log_f, i = torch.log1p((self.zoneout - 1) * g), (1 - self.zoneout) * i
         if keep is not None:
             log_f, i = log_f.masked_fill(keep, 0), i.masked_fill(keep, 0)  # f = 1, and nothing enters
         return self._pool(log_f, i * z, c0, keep), o
@@ -192,13 +195,12 @@ class QRNNLayer(nn.Module):
         return dtypes
 
     def _check_input(self, x: Tensor, state: QRNNState | None) -> QRNNState:
-        dtypes, device = self._check_x(x), x.device
+        dtypes, initial = self._check_x(x), self.initial_state(x.shape[0], x)
         if state is None:
-            return self.initial_state(x.shape[0], x)
+            return initial
         expect(isinstance(state, tuple) and len(state) == 2, "state", type(state), "QRNNState(c, window)", TypeError)
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        check_tensor("state.c", state[0], (x.shape[0], self.hidden_size), device, dtype)
-        check_tensor("state.window", state[1], (x.shape[0], self.kernel_size - 1, self.input_size), device, *dtypes)
+        check_tensor("state.c", state[0], initial.c.shape, x.device, initial.c.dtype)
+        check_tensor("state.window", state[1], initial.window.shape, x.device, *dtypes)
         return QRNNState(state[0], state[1].to(x.dtype))
 
 
@@ -223,7 +225,7 @@ def pool(
             4 eps (1 + log T + max |c_t| + max |log_x_t|) on a CPU, c_t the running sum of log_f; on a GPU more.
             "blocked": `closed_form` inside blocks of `block_size` steps, in float64: 1e-5 for any T.
             "scan": a scan of log gates and plain states: 5e-6 for any T. Products of gates below 1e-38 are 0.
-            "auto": "scan", faster than "blocked" on a CPU and, for many B H and compiled for fixed sizes, on a GPU.
+            "auto": "scan", faster than "blocked" on a CPU; on a GPU too if compiled for fixed sizes and B H > 2,500.
         check: also check values, which makes a GPU wait. Unchecked, log_f > 0, NaN and inf are computed as they stand.
     Returns h, (B, T, H), in the dtype of log_f. bfloat16 and float16 are pooled in float32 and cast back.
     Raises TypeError if an argument is no tensor, ShapeError if one does not fit, ValueError for a wrong value.
@@ -371,8 +373,7 @@ def _recurrence(
     levels = () if compiles else torch._C._functorch.get_interpreter_stack() or ()
     # The older exporters lose writes in place and a derivative of one's own. A jvp inside a jvp loses what `jvp` saved.
     if torch.jit.is_tracing() or sum(level.key() == torch._C._functorch.TransformType.Jvp for level in levels) > 1:
-        h = _loop(log_f, x, h0)
-        return h if keep is None else _hold(h, h0, keep)
+        return _loop(log_f, x, h0) if keep is None else _hold(_loop(log_f, x, h0), h0, keep)
     return (_Pool if compiles else _PoolForwardMode).apply(log_f, x, h0, keep, method, size, floor)
 
 
@@ -393,7 +394,6 @@ def expect(holds: bool, name: str, given: object, expected: str, error: type[Exc
 
 
 def check_size(name: str, given: int, least: int = 1) -> int:
-    """Return a whole number of at least `least`, of any integer type, as an int."""
     expect(isinstance(given, Integral) and not isinstance(given, bool), name, given, "a whole number", TypeError)
     expect(given >= least, name, given, f"a whole number of at least {least}")
     return int(given)

@@ -344,7 +344,8 @@ def _definition(
     seen = torch.cat([window, x])
     taps = torch.cat([seen[k : k + len(x)] for k in range(len(window) + 1)], dim=2)
     y = F.linear(taps.to(setting.dtype), weight.to(setting.dtype), None if bias is None else bias.to(setting.dtype))
-    c, o = setting.layer._cells(y.transpose(0, 1), c0, None if keep is None else keep.transpose(0, 1))
+    keep = None if keep is None else keep.transpose(0, 1)
+    c, o = setting.layer._cells(y.transpose(0, 1), c0, keep, mean=False)  # `_Layer` computes no means
     return (c if o is None else o * c).to(setting.dtype).transpose(0, 1), c[:, -1]
 
 

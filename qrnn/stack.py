@@ -67,7 +67,7 @@ class QRNN(nn.Module):
 
     Weights of salesforce/pytorch-qrnn: its F is 1 - f here, so negate the rows of F in weight and bias; the blocks are
     in the same order. With its window of 2 (kernel_size and first_kernel_size 2 here) its input is [x_t, x_{t-1}]: swap
-    the halves of the columns.
+    the halves of the columns. With zoneout it evaluates as `mean_zoneout` does.
 
     To quantise to 8 bits, export to ONNX and then call `onnxruntime.quantization.quantize_dynamic("qrnn.onnx",
     "qrnn-int8.onnx")`. That of torch leaves a QRNN as it is, for its weights are in no nn.Linear.

@@ -211,6 +211,31 @@ def test_mean_zoneout_changes_nothing_in_training(mode):
     assert torch.equal(*outputs)
 
 
+@pytest.mark.parametrize("zoneout", (0.5, 0.999, 1.0))
+@pytest.mark.parametrize("method", ("loop", "blocked", "scan"))  # the errors of "log" grow with T
+def test_mean_zoneout_keeps_its_digits_over_many_steps(method, zoneout):
+    torch.manual_seed(0)
+    layer = QRNNLayer(4, 6, method=method, zoneout=zoneout, mean_zoneout=True).eval()
+    exact, x = copy.deepcopy(layer).double(), torch.randn(2, 5000, 4)
+    state = QRNNState(torch.randn(2, 6), torch.zeros(2, 1, 4))
+    h, after = layer(x, state)
+    wanted, _ = exact(x.double(), QRNNState(*(part.double() for part in state)))
+    assert relative(h, wanted) < 2e-6
+    assert torch.equal(after.c, state.c) == (zoneout == 1)
+
+
+def test_second_derivatives_after_a_switch_to_evaluation_are_those_of_training():
+    def derivative(layer_class, **graph):
+        torch.manual_seed(0)
+        layer = layer_class(3, 4, zoneout=0.4, mean_zoneout=True).double()
+        x = torch.randn(2, 5, 3, dtype=torch.float64, requires_grad=True)
+        h, _ = layer(x)
+        layer.eval()
+        return torch.autograd.grad(h.sum(), x, **graph)[0]
+
+    torch.testing.assert_close(derivative(FastQRNNLayer, create_graph=True), derivative(QRNNLayer))
+
+
 @pytest.mark.parametrize("layer_class", (QRNNLayer, FastQRNNLayer))
 @every_mode
 def test_derivatives_of_an_evaluation_with_mean_zoneout(mode, layer_class):
@@ -367,7 +392,7 @@ def test_forget_bias_is_added_to_the_forget_gate_only():
 
 
 def test_repr_names_what_was_chosen():
-    assert "4, 6, kernel_size=2, mode='fo', zoneout=0.0" in repr(QRNNLayer(4, 6))
+    assert "4, 6, kernel_size=2, mode='fo', zoneout=0.0, mean_zoneout=False, activation" in repr(QRNNLayer(4, 6))
 
 
 def test_the_state_of_chosen_sequences_continues_them():
