@@ -400,6 +400,7 @@ def train(runs: dict[str, list[str]], data: Path, seconds: float, device: str, r
         for name, process in started.items():
             process.wait()
             row: Row = {"run": name, "flags": runs[name], "beside": [other for other in runs if other != name]}
+            row["zoneout_in_evaluation"] = "its mean" if "qrnn" in runs[name] else None
             try:
                 row["result"] = outcome(Path(folder) / "runs" / name, data, device)
             except Exception as error:  # whatever went wrong, the other runs count

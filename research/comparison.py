@@ -154,7 +154,7 @@ COMPARISONS: dict[str, Callable[[], Compared | None]] = {
     "WikiText-2, one stream, larger initial weights": test_perplexities("wikitext2_scaled"),
     "Penn Treebank, one stream, larger initial weights, dropout 0.4": test_perplexities("ptb_scaled"),
     "Penn Treebank, one stream, larger initial weights, dropout 0.3": test_perplexities("ptb_tuned"),
-    "Penn Treebank, one stream, the paper's 72 epochs": paper_sizes,
+    "Penn Treebank, one stream, preset bradbury": paper_sizes,
     "translation of Multi30k, BLEU": translations,
     "film reviews, accuracy in %": reviews,
 }
