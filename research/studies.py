@@ -7,7 +7,7 @@ What is on record stays until a run that takes its place has succeeded.
 seeds         QRNN and LSTM with the settings of the preset small, three seeds; 1 h on 2 CPU cores
 ablation      the QRNN with one thing changed, one epoch; 1 1/2 h
 longer        the most promising for four epochs, with and without dense connections; 1 1/4 h
-tuned         three seeds with the settings that research/tune.py found; 1 h
+tuned         three seeds with the settings that were best in language_models; 1 1/4 h
 numerics      the plain closed form left to autograd beside `scan`; 1/4 h
 ptb           both models on the Penn Treebank as one stream, 15 epochs; 1 h
 ptb_scaled    the same with today's initial weights, three seeds; 3 h
@@ -75,8 +75,7 @@ class Search(NamedTuple):
     """Say which trials both models get alike.
 
     Attributes:
-        name: of the file with them in results/.
-        command: what makes it, after `python -m research.`
+        name: of the study that runs them.
         preset: of the trials.
         settings: what differs between them.
         score: of a trial on validation; lower is better.
@@ -84,7 +83,6 @@ class Search(NamedTuple):
     """
 
     name: str
-    command: str
     preset: str
     settings: tuple[str, ...]
     score: str = "valid_perplexity"
@@ -92,22 +90,12 @@ class Search(NamedTuple):
 
 
 SEARCHED = ("lr", "initialisation", "forget_bias", "dropout")
-TUNED = f"{SMALL} --epochs 2"
-TUNING = Search(
-    "tuning",
-    f"tune {TUNED} --trials 5",
-    "small",
-    ("lr", "dropout", "dropout_embedding", "dropout_output", "weight_decay"),
-)
-LANGUAGE_MODELS = Search(
-    "language_models",
-    "studies language_models",
-    "small",
-    (*SEARCHED, "dropout_embedding", "dropout_output", "weight_decay"),
-)
-TRANSLATORS = Search("translators", "studies translators", "small", SEARCHED)
-BOTH_WAYS = Search("both_ways", "studies both_ways", "small", SEARCHED, models=("lstm",))
-READERS = Search("readers", "studies readers", "mr", SEARCHED, "valid_loss")
+LANGUAGE_MODELS = Search("language_models", "small", (*SEARCHED, "dropout_embedding", "dropout_output", "weight_decay"))
+TRANSLATORS = Search("translators", "small", SEARCHED)
+BOTH_WAYS = Search("both_ways", "small", SEARCHED, models=("lstm",))
+READERS = Search("readers", "mr", SEARCHED, "valid_loss")
+SIZES = ("hidden", "first_kernel_size")  # each model has its own, so that both have as many parameters
+SEARCHED_MODELS = {"qrnn": FIRST_KERNEL, "lstm": f"{SMALL} --models lstm"}  # by language_models
 
 
 # --- the studies -----------------------------------------------------------------------------------------------------
@@ -181,9 +169,11 @@ def seeds() -> Jobs:
 
 
 def tuned() -> Jobs:
-    """Train the models of `seeds` with the settings that were best for each in results/tuning.json."""
+    """Train the models of `language_models`, each with its best trial."""
     return {
-        f"{NAMES[model]}, seed {seed}": Job(f"{SMALL} --models {model} --seed {seed} {best_flags(model, TUNING)}")
+        f"{NAMES[model]}, seed {seed}": Job(
+            f"{SEARCHED_MODELS[model]} --seed {seed} {best_flags(model, LANGUAGE_MODELS)}"
+        )
         for seed, model in SEEDED
     }
 
@@ -201,13 +191,15 @@ def best_flags(model: str, search: Search) -> str:
         if config.get("preset") == search.preset:
             (result,) = run["models"]
             trials[result["model"]][tuple(config[name] for name in search.settings)] = result[search.score]
-            for name in {*config} - {*search.settings, "models", "name"}:
+            for name in {*config} - {*search.settings, *SIZES, "models", "name"}:
                 if fixed.setdefault(name, config[name]) != config[name]:
                     found = f"trials with {name} {fixed[name]} and {config[name]} found, of one kind expected"
-                    raise InputError(f"{search.name}.json: {found}; `python -m research.{search.command}` makes them")
+                    raise InputError(
+                        f"{search.name}.json: {found}; `python -m research.studies {search.name}` makes them"
+                    )
     tried = [set(mine) for mine in trials.values()]
     if not all(tried) or tried[0] != tried[-1]:
-        way_out = f"run `python -m research.{search.command}` first"
+        way_out = f"run `python -m research.studies {search.name}` first"
         raise InputError(f"{search.name}.json lacks the same trials of all models; {way_out}")
     best = min(trials[model], key=trials[model].__getitem__)
     return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in zip(search.settings, best, strict=True))
@@ -370,7 +362,7 @@ def language_models() -> Jobs:
     values += [(1.6e-2, "scaled", 0.0, 0.1), (8e-3, "scaled", 0.0, 0.05)]
     values += [(8e-3, "scaled", 0.0, 0.2), (8e-3, "uniform", 0.0, 0.1)]
     whole = [(*value, *(value[-1],) * 2, 0.01) for value in values]  # the same dropout in all three places
-    flags = {"QRNN": FIRST_KERNEL, "LSTM": f"{SMALL} --models lstm"}
+    flags = {NAMES[model]: flags for model, flags in SEARCHED_MODELS.items()}
     return trials(LANGUAGE_MODELS, "experiment", flags, whole)
 
 

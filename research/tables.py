@@ -89,12 +89,6 @@ def trials(runs: DataFrame, settings: dict[str, str], score: str = "valid_perple
     return markdown(shown.rename(columns={"lr": "learning rate"}).assign(**cells))
 
 
-def tuning(runs: DataFrame) -> str:
-    """Return the trials of the preset small."""
-    settings = {"lr": "{:.2g}", "dropout": "{:.2f}", "weight_decay": "{:.2g}", "epochs": "{}"}
-    return trials(runs[runs["preset"] == "small"], settings)
-
-
 def best_in_bold(scores: Series, digits: str) -> list[str]:
     texts = ("" if pd.isna(score) else digits.format(score) for score in scores)
     best = scores == scores.min()
@@ -205,6 +199,5 @@ STUDIES: dict[str, Callable[[DataFrame], str]] = {
 }
 BLOCKS: dict[str, Callable[[], str]] = {
     **{name: partial(recorded, name, f"python -m research.studies {name}", made) for name, made in STUDIES.items()},
-    "tuning": partial(recorded, "tuning", f"python -m research.{studies.TUNING.command}", tuning),
     "context": context,
 }

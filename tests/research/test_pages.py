@@ -17,7 +17,7 @@ from examples.sentiment import model as sentiment
 from examples.translation import model as translation
 from examples.translation.__main__ import scores
 from experiment import build_model
-from research import comparison, figures, jobs, pages, studies, tables, tune
+from research import comparison, figures, jobs, pages, studies, tables
 from research.comparison import over_seeds, over_sentences
 from research.record import finished_runs
 
@@ -63,7 +63,7 @@ def test_every_figure_is_on_a_page():
 def test_every_study_has_its_place():
     assert set(tables.STUDIES) == set(studies.STUDIES)
     places = {match["name"] for page in pages.PAGES for match in pages.BLOCK.finditer(page.read_text())}
-    assert {*studies.STUDIES, "comparison", "tuning", "context"} <= places
+    assert {*studies.STUDIES, "comparison", "context"} <= places
 
 
 def test_blocks_are_filled_where_they_stand(monkeypatch):
@@ -143,14 +143,12 @@ def test_seeds_are_averaged_and_the_best_trial_is_bold(write):
     qrnn, lstm = cells(tables.seeds(finished_runs("seeds")))
     assert qrnn == ["QRNN", "2", "8", "1,000 / 2,000", "91.00 ± 1.41", "90.00 ± 1.41", "92.00 ± 1.41"]
     assert lstm[4:] == ["95.00", "94.00", "96.00"]
-    write("tuning", a=run("qrnn", 92.0, None), b=run("lstm", 99.0, None), c=run("lstm", 98.0, None, lr=0.02))
-    shown = cells(tables.tuning(finished_runs("tuning")))
-    assert shown == [
-        ["0.01", "0.20", "0.001", "2", "**92.00**", "99.00"],
-        ["0.02", "0.20", "0.001", "2", "", "**98.00**"],
-    ]
-    write("tuning", a=run("qrnn", 92.0, None))
-    assert cells(tables.tuning(finished_runs("tuning"))) == [["0.01", "0.20", "0.001", "2", "**92.00**"]]
+    settings = {"lr": "{:.2g}", "dropout": "{:.2f}"}
+    write("readers", a=run("qrnn", 92.0, None), b=run("lstm", 99.0, None), c=run("lstm", 98.0, None, lr=0.02))
+    shown = cells(tables.trials(finished_runs("readers"), settings))
+    assert shown == [["0.01", "0.20", "**92.00**", "99.00"], ["0.02", "0.20", "", "**98.00**"]]
+    write("readers", a=run("qrnn", 92.0, None))
+    assert cells(tables.trials(finished_runs("readers"), settings)) == [["0.01", "0.20", "**92.00**"]]
 
 
 def test_a_study_can_be_sorted_and_shows_each_epoch(write):
@@ -307,7 +305,6 @@ def test_every_result_says_where_it_comes_from(path):
 
 
 ON_RECORD = {name: study for name, study in studies.STUDIES.items() if jobs.on_record(name)}
-ON_RECORD["tuning"] = lambda: tune.jobs(studies.TUNED.split(), 5)
 
 
 @pytest.mark.parametrize("study", ON_RECORD)

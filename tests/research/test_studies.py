@@ -18,14 +18,13 @@ from examples.translation.__main__ import Translating
 from experiment import build_model
 from lab.corpora import load_corpus
 from lab.language_model import LanguageModel
-from lab.presets import PRESETS
 from lab.run import count_parameters
 from lab.synthetic import sample_sentences
 from qrnn import QRNN
 from qrnn_layer import QRNNLayer, QRNNState
-from research import closed_form, context, jobs, tune
+from research import closed_form, context, jobs
 from research.jobs import Job, identity
-from research.studies import BOTH_WAYS, READERS, STUDIES, TRANSLATORS, TUNING, main
+from research.studies import BOTH_WAYS, LANGUAGE_MODELS, READERS, STUDIES, TRANSLATORS, main
 
 ROOT = Path(__file__).parents[2]
 TINY = "--preset demo --corpus text --embedding 8 --hidden 8 --epochs 1 --device cpu"
@@ -42,7 +41,7 @@ def data(tmp_path):
     return folder
 
 
-def write_tuning(folder: Path) -> None:
+def write_trials(folder: Path) -> None:
     def trial(model: str, lr: float, valid_perplexity: float) -> dict:
         dropouts = {"dropout": 0.3, "dropout_embedding": 0.3, "dropout_output": 0.3}
         initial = {"initialisation": "scaled", "forget_bias": 0.0}
@@ -53,7 +52,7 @@ def write_tuning(folder: Path) -> None:
     runs = {"a": trial("qrnn", 0.0015, 120.0), "b": trial("qrnn", 0.003, 100.0), "c": trial("lstm", 0.0015, 110.0)}
     runs |= {"e": trial("lstm", 0.003, 115.0)}
     runs["d"] = {"error": "exit code 1: diverged"}
-    for search in (TUNING, TRANSLATORS, BOTH_WAYS, READERS):
+    for search in (LANGUAGE_MODELS, TRANSLATORS, BOTH_WAYS, READERS):
         for run in runs.values():
             run.get("config", {})["preset"] = search.preset
         mine = {key: run for key, run in runs.items() if run.get("models", [{}])[0].get("model") != "qrnn"}
@@ -63,7 +62,7 @@ def write_tuning(folder: Path) -> None:
 @pytest.mark.parametrize("study", STUDIES)
 def test_flags_are_understood_and_no_run_is_done_twice(study, tmp_path, monkeypatch):
     monkeypatch.setattr(jobs, "RESULTS", tmp_path)
-    write_tuning(tmp_path)
+    write_trials(tmp_path)
     runs = STUDIES[study]()
     assert len({identity(run, "of a text") for run in runs.values()}) == len(runs)
     for run in runs.values():
@@ -107,7 +106,7 @@ def test_one_word_in_the_first_layer_costs_no_parameters():
 
 def test_compared_models_get_the_trial_that_was_best_on_validation(tmp_path, monkeypatch):
     monkeypatch.setattr(jobs, "RESULTS", tmp_path)
-    write_tuning(tmp_path)
+    write_trials(tmp_path)
     configs = {label: run.config for label, run in STUDIES["tuned"]().items()}
     assert {config.lr for label, config in configs.items() if label.startswith("QRNN")} == {0.003}
     assert {config.lr for label, config in configs.items() if label.startswith("LSTM")} == {0.0015}
@@ -123,27 +122,27 @@ def test_compared_models_get_the_trial_that_was_best_on_validation(tmp_path, mon
     assert [run.config.lr for run in STUDIES["folds"]().values()] == [0.003, 0.0015] * 10
 
 
-def test_tuned_models_need_the_tuning(tmp_path, monkeypatch, capsys):
+def test_tuned_models_need_the_same_trials_of_both(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(jobs, "RESULTS", tmp_path)
     assert main(["tuned", "--data", str(tmp_path)]) == 2
-    write_tuning(tmp_path)
-    tuning = json.loads((tmp_path / "tuning.json").read_text())
-    tuning["runs"].pop("e")  # two trials of one, one of the other
-    (tmp_path / "tuning.json").write_text(json.dumps(tuning))
+    write_trials(tmp_path)
+    trials = json.loads((tmp_path / "language_models.json").read_text())
+    trials["runs"].pop("e")  # two trials of one, one of the other
+    (tmp_path / "language_models.json").write_text(json.dumps(trials))
     assert main(["tuned", "--data", str(tmp_path)]) == 2
     first, second = capsys.readouterr().err.strip().splitlines()
-    assert first == second and "tuning.json" in first
+    assert first == second and "language_models.json" in first
 
 
 def test_trials_that_differ_in_what_is_not_searched_are_not_compared(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(jobs, "RESULTS", tmp_path)
-    write_tuning(tmp_path)
-    tuning = json.loads((tmp_path / "tuning.json").read_text())
+    write_trials(tmp_path)
+    trials = json.loads((tmp_path / "language_models.json").read_text())
     for label, epochs in (("a", 2), ("b", 4)):
-        tuning["runs"][label]["config"]["epochs"] = epochs
-    (tmp_path / "tuning.json").write_text(json.dumps(tuning))
+        trials["runs"][label]["config"]["epochs"] = epochs
+    (tmp_path / "language_models.json").write_text(json.dumps(trials))
     assert main(["tuned", "--data", str(tmp_path)]) == 2
-    assert "tuning.json: trials with epochs 2 and 4 found" in capsys.readouterr().err
+    assert "language_models.json: trials with epochs 2 and 4 found" in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -194,18 +193,17 @@ def test_what_is_on_record_stays_until_a_run_in_its_place_succeeds(data, away, m
 
 
 @pytest.mark.parametrize("where", ["", "nowhere", "empty"])
-@pytest.mark.parametrize("command", ["studies", "tune", "context"])
+@pytest.mark.parametrize("command", ["studies", "context"])
 def test_without_the_corpus_nothing_runs_and_nothing_is_written(command, where, away, monkeypatch, capsys):
     (away / "empty").mkdir()
     monkeypatch.chdir(away)
     monkeypatch.setattr(context, "RESULTS", away)
     for name in ("tiny", *context.COMPARED):
         monkeypatch.setitem(STUDIES, name, lambda: {"good": Job(f"{TINY} --models qrnn")})
-    for name in ("tiny", "tuning", "context"):
+    for name in ("tiny", "context"):
         (away / f"{name}.json").write_text('{"runs": {"good": {"identity": "x", "models": []}}}')
     before = {path.name: path.read_bytes() for path in away.glob("*.json")}
     mains = {"studies": lambda: main(["tiny", "--data", where]), "context": lambda: context.main(["--data", where])}
-    mains["tune"] = lambda: tune.main([*TINY.split(), "--trials", "1", "--data", where])
     assert mains[command]() == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("error: ") and ("empty" if where == "empty" else "--data") in line
@@ -273,7 +271,7 @@ def test_the_text_of_a_job_is_that_of_its_run(tmp_path):
 
 def test_each_fold_of_the_reviews_is_a_text_of_its_own(tmp_path, monkeypatch):
     monkeypatch.setattr(jobs, "RESULTS", tmp_path)
-    write_tuning(tmp_path)
+    write_trials(tmp_path)
     for label, words in (("pos", "good"), ("neg", "bad")):
         lines = "\n".join(f"a {words} film of number {number}" for number in range(10))
         (tmp_path / f"rt-polarity.{label}").write_text(f"{lines}\n")
@@ -285,10 +283,9 @@ def test_each_fold_of_the_reviews_is_a_text_of_its_own(tmp_path, monkeypatch):
         assert found[label] == identity(job, text)
 
 
-@pytest.mark.parametrize("script", [main, tune.main])
-def test_a_forgotten_flag_is_one_line(script, capsys):
+def test_a_forgotten_flag_is_one_line(capsys):
     with pytest.raises(SystemExit) as stopped:
-        script([])
+        main([])
     assert stopped.value.code == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert "--data" in line
@@ -362,40 +359,3 @@ def test_models_are_compared_by_the_words_they_know(data, away, monkeypatch, cap
     trained = json.loads((away / "tiny.json").read_text())["runs"]
     assert all(1 < found["training_text"][name] < 1.5 * trained[name]["models"][0]["valid_perplexity"] for name in both)
     assert found["epochs"] == 1 and all(error > 0 for error in found["standard_error"])
-
-
-def test_tuning_gives_both_models_the_same_trials_and_leaves_test_alone(data, away):
-    assert tune.main([*TINY.split(), "--data", str(data), "--trials", "2"]) == 0
-    runs = json.loads((away / "tuning.json").read_text())["runs"]
-    assert list(runs) == ["qrnn, trial 0", "lstm, trial 0", "qrnn, trial 1", "lstm, trial 1"]
-    values = [tuple(run["config"][name] for name in tune.SPACE) for run in runs.values()]
-    assert values[0] == values[1] == (PRESETS["demo"].lr, 0.0, 0.01) and values[2] == values[3] != values[0]
-    assert runs["lstm, trial 1"]["config"]["dropout_output"] == values[3][1]
-    models = [model for run in runs.values() for model in run["models"]]
-    assert [model["model"] for model in models] == ["qrnn", "lstm"] * 2
-    assert all(model["test_perplexity"] is None for model in models)
-
-
-def test_trials_are_the_same_each_time_and_differ_by_seed():
-    config = PRESETS["small"]
-    first = tune.trials(config, 4)
-    assert tune.trials(config, 6)[:4] == first
-    assert tune.trials(replace(config, seed=1), 2)[1] != first[1]
-    drawn = tune.trials(config, 5)[1:]
-    for name, space in tune.SPACE.items():  # one in each quarter of each range
-        place = math.log if space.log else float
-        low, high = place(space.low), place(space.high)
-        assert sorted(int(4 * (place(trial[name]) - low) / (high - low)) for trial in drawn) == [0, 1, 2, 3]
-
-
-def test_a_flag_that_tuning_does_not_have_is_named(data, capsys):
-    with pytest.raises(SystemExit, match="2"):
-        tune.main(["--data", str(data), *TINY.split(), "--no-such-flag"])
-    assert "--no-such-flag" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("flags", [["--trials", "0"], ["--lr", "5"], ["--data", "nowhere"]])
-def test_wrong_flags_of_tuning_are_one_line(data, flags, capsys):
-    assert tune.main(["--data", str(data), *TINY.split(), *flags]) == 2
-    (line,) = capsys.readouterr().err.strip().splitlines()
-    assert flags[0] in line
