@@ -176,8 +176,8 @@ class QRNNLayer(nn.Module):
         log_f = F.logsigmoid(a_f)  # never log(sigmoid(a)), which is -inf from a = -104 on
         i = torch.sigmoid(others[0] if self.mode == "ifo" else -a_f)  # 1 - f = sigmoid(-a_f), to the last digit
         o = None if self.mode == "f" else torch.sigmoid(others[-1])
-        if mean and self.mean_zoneout and self.zoneout and not self.training:  # below 1, for log 0 has no gradient
-            g = torch.sigmoid(-a_f).clamp(max=1 - torch.finfo(dtype).eps / 2)
+        if mean and self.mean_zoneout and self.zoneout and not self.training:  # 1 - f and i as on average in training
+            g = torch.sigmoid(-a_f).clamp(max=1 - torch.finfo(dtype).eps / 2)  # below 1, for log 0 has no gradient
             log_f, i = torch.log1p((self.zoneout - 1) * g), (1 - self.zoneout) * i
         if keep is not None:
             log_f, i = log_f.masked_fill(keep, 0), i.masked_fill(keep, 0)  # f = 1, and nothing enters
@@ -195,12 +195,12 @@ class QRNNLayer(nn.Module):
         return dtypes
 
     def _check_input(self, x: Tensor, state: QRNNState | None) -> QRNNState:
-        dtypes, initial = self._check_x(x), self.initial_state(x.shape[0], x)
+        dtypes, n = self._check_x(x), x.shape[0]
         if state is None:
-            return initial
+            return self.initial_state(n, x)
         expect(isinstance(state, tuple) and len(state) == 2, "state", type(state), "QRNNState(c, window)", TypeError)
-        check_tensor("state.c", state[0], initial.c.shape, x.device, initial.c.dtype)
-        check_tensor("state.window", state[1], initial.window.shape, x.device, *dtypes)
+        check_tensor("state.c", state[0], (n, self.hidden_size), x.device, torch.promote_types(x.dtype, torch.float32))
+        check_tensor("state.window", state[1], (n, self.kernel_size - 1, self.input_size), x.device, *dtypes)
         return QRNNState(state[0], state[1].to(x.dtype))
 
 

@@ -168,13 +168,8 @@ class QRNNSeq2Seq(nn.Module):
         check_flag("causal_encoder", causal_encoder)
         expect(str(mode) in ("fo", "ifo"), "mode", mode, "fo or ifo, for attention needs an output gate (eq. 8),")
         place: dict[str, Any] = {"device": device, "dtype": dtype}
-        options: dict[str, Any] = {
-            "mode": mode,
-            "zoneout": zoneout,
-            "mean_zoneout": mean_zoneout,
-            "activation": activation,
-        }
-        options |= {"method": method, **place}
+        options: dict[str, Any] = {"mode": mode, "zoneout": zoneout, "mean_zoneout": mean_zoneout}
+        options |= {"activation": activation, "method": method, **place}
 
         def stack(layer_class: type[Layer], first_kernel_size: int) -> Sequence[Layer]:
             features = [embedding_size] + [hidden_size] * (num_layers - 1)

@@ -25,7 +25,7 @@ from qrnn import QRNN
 from qrnn_layer import QRNNLayer, QRNNState
 from research import closed_form, context, jobs
 from research.jobs import Job, identity
-from research.studies import BOTH_WAYS, LANGUAGE_MODELS, READERS, STUDIES, TRANSLATORS, main
+from research.studies import BOTH_WAYS, LANGUAGE_MODELS, READERS, SIZES, STUDIES, TRANSLATORS, main
 
 ROOT = Path(__file__).parents[2]
 TINY = "--preset demo --corpus text --embedding 8 --hidden 8 --epochs 1 --device cpu"
@@ -110,7 +110,7 @@ def test_the_preset_small_is_the_best_trial_of_both_models():
         config = STUDIES["tuned"]()[label].config
         same = {"amp": None, "models": PRESETS["small"].models}
         if label.startswith("LSTM"):
-            same |= {"hidden": 292, "first_kernel_size": 1}  # which give it as many parameters, see `seeds`
+            same |= {name: getattr(PRESETS["small"], name) for name in SIZES}  # the LSTM gets as many parameters
         assert replace(config, **same) == PRESETS["small"]
 
 
