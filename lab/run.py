@@ -268,7 +268,8 @@ def rounded(seconds: list[float]) -> list[float]:
 
 
 def count_parameters(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
+    """Count what is trained."""
+    return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
 
 
 def lstm_width(hidden: int, build_qrnn: Callable[[int], nn.Module], build_lstm: Callable[[int], nn.Module]) -> int:

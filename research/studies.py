@@ -8,6 +8,7 @@ seeds         QRNN and LSTM with the first settings of the preset small, three s
 ablation      the QRNN with one thing changed, one epoch; 1 1/2 h
 longer        the most promising for four epochs, with and without dense connections; 1 1/4 h
 tuned         three seeds with the settings that were best in language_models, now the preset small; 1 1/4 h
+forms         the QRNN of tuned in mode f, and with shifted_softplus, three seeds; 1 1/4 h
 numerics      the plain closed form left to autograd beside `scan`; 1/4 h
 ptb           both models on the Penn Treebank as one stream, 15 epochs; 1 h
 ptb_scaled    the same with today's initial weights, three seeds; 3 h
@@ -59,7 +60,7 @@ LARGER = "research.variants gain"  # initial candidates, of either model
 FIRST_KERNEL = f"{SMALL} --models qrnn --first-kernel-size 1 --hidden 292"
 TRANSLATE = "--preset small --epochs 3"
 SHORT_PAIRS = f"{TRANSLATE} --max-length 50"
-PTB_WIDTH = 359  # of two layers, the first of which sees one word
+PTB_WIDTH, PTB_WIDTH_OF_F = 359, 452  # of two layers, the first of which sees one word, in modes fo and f
 PTB = f"{SMALL} {PUBLISHED} --corpus ptb --lr 4e-3 {DROPOUT.format(0.4)}"
 PTB_SCALED = {
     "QRNN": f"{PTB} --initialisation scaled --models qrnn --first-kernel-size 1 --hidden {PTB_WIDTH}",
@@ -179,6 +180,17 @@ def tuned() -> Jobs:
     }
 
 
+def forms() -> Jobs:
+    """Give the QRNN of `tuned` another mode or another candidate, with as many parameters."""
+    best = f"{FIRST_KERNEL} {best_flags('qrnn', LANGUAGE_MODELS)}"
+    flags = {
+        "f, tanh": f"{best} --mode f --hidden 368",
+        "f, shifted_softplus": f"{best} --mode f --hidden 368 --activation shifted_softplus",
+        "fo, shifted_softplus": f"{best} --activation shifted_softplus",
+    }
+    return {f"{label}, seed {seed}": Job(f"{mine} --seed {seed}") for seed in range(3) for label, mine in flags.items()}
+
+
 def best_flags(model: str, search: Search) -> str:
     """Return the flags of the model's trial that was best on validation.
 
@@ -240,8 +252,10 @@ def ptb_changes() -> Jobs:
         best = f"{whole} {DROPOUT.format(0.3)}"
         jobs[f"{label}, dropout 0.3, locked"] = Job(best, "research.variants locked")
         jobs[f"{label}, dropout 0.3, weight decay 0.1"] = Job(f"{best} --weight-decay 0.1")
-    zoneout = f"{PTB_SCALED['QRNN']} --epochs 15 {DROPOUT.format(0.3)} --zoneout"
-    return jobs | {f"QRNN, dropout 0.3, zoneout {rate}": Job(f"{zoneout} {rate}") for rate in (0.1, 0.2)}
+    changed = {f"zoneout {rate}": f"--zoneout {rate}" for rate in (0.1, 0.2)}
+    changed |= {"shifted_softplus": "--activation shifted_softplus", "mode f": f"--mode f --hidden {PTB_WIDTH_OF_F}"}
+    best = f"{PTB_SCALED['QRNN']} --epochs 15 {DROPOUT.format(0.3)}"
+    return jobs | {f"QRNN, dropout 0.3, {what}": Job(f"{best} {flags}") for what, flags in changed.items()}
 
 
 def ptb_short() -> Jobs:
@@ -336,6 +350,11 @@ def ptb_quarter() -> Jobs:
         "LSTM, spread forget biases": Job(lstm, f"{changes}spread"),
         "QRNN, k = 2 in the first layer": Job(f"{qrnn} --first-kernel-size 2 --kernel-size 1 --hidden 388", plain),
         "QRNN, three layers": Job(f"{qrnn} --hidden 265 --layers 3", plain),
+        "QRNN, mode f": Job(f"{qrnn} --mode f --hidden {PTB_WIDTH_OF_F}", plain),
+        "QRNN, learning rate 8e-3": Job(f"{qrnn} --lr 8e-3", plain),
+        "LSTM, learning rate 8e-3": Job(f"{lstm} --lr 8e-3", plain),
+        "QRNN, averaged weights": Job(qrnn, f"{changes}average"),
+        "LSTM, averaged weights": Job(lstm, f"{changes}average"),
         "QRNN, zoneout 0.1": Job(f"{qrnn} --zoneout 0.1", plain),
         "QRNN, weight decay 0.1": Job(f"{qrnn} --weight-decay 0.1", plain),
         "LSTM, weight decay 0.1": Job(f"{lstm} --weight-decay 0.1", plain),
@@ -427,6 +446,7 @@ STUDIES: dict[str, Callable[[], Jobs]] = {
         ablation,
         longer,
         tuned,
+        forms,
         numerics,
         ptb,
         ptb_scaled,

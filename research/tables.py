@@ -176,6 +176,7 @@ ALL = tuple(SCORES)
 STUDIES: dict[str, Callable[[DataFrame], str]] = {
     "seeds": seeds,
     "tuned": seeds,
+    "forms": initial,
     "ablation": partial(study, first="what is changed", by_value=True),
     "longer": longer,
     "numerics": partial(study, first="pieces of T words", scores=ALL),

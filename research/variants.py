@@ -5,6 +5,7 @@ locked   draw one dropout mask for all steps of a row (variational dropout, Gal 
 skip     add the input of each layer but the first to its output (an addition to the paper)
 gain     draw the initial weights as --initialisation scaled does, whatever that flag says (a name of runs on record)
 spread   spread the forget biases so that channels remember for 2 to 70 steps at first (Tallec & Ollivier 2018)
+average  evaluate with weights that are averaged over about the last epoch (Polyak & Juditsky 1992)
 
 The changes come first, joined by commas. The flags after them are those of experiment.py.
 """
@@ -18,6 +19,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from experiment import LanguageModelling, build_model
 from lab.batches import StreamBatches
@@ -27,9 +29,10 @@ from lab.parser import Parser
 from lab.presets import PRESETS, Config
 from lab.run import run
 from lab.settings import InputError
+from lab.training import Carried
 from qrnn import QRNN
 
-CHANGES = ("quarter", "locked", "skip", "gain", "spread")
+CHANGES = ("quarter", "locked", "skip", "gain", "spread", "average")
 LONGEST = 70  # steps, of the time scales of "spread"
 
 
@@ -65,6 +68,34 @@ class Stack(nn.Module):
             x = x + inputs if index and self.skip else x
             after.append(state)
         return x, tuple(after)
+
+
+class Averaged(nn.Module):
+    """Train the model; evaluate with the exponential mean of its weights.
+
+    Args:
+        model: (B, T), state -> (B, T, vocabulary), state.
+        steps: of the optimiser, over which the mean goes, about.
+    """
+
+    def __init__(self, model: LanguageModel, steps: int) -> None:
+        super().__init__()
+        self.model, self.hidden = model, model.hidden
+        self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(1 - 1 / steps)).requires_grad_(False)
+
+    @property
+    def rnn(self) -> nn.Module:
+        return self.model.rnn
+
+    @property
+    def embedding(self) -> nn.Embedding:
+        return self.model.embedding
+
+    def forward(self, words: Tensor, state: Carried = None) -> tuple[Tensor, Carried]:
+        if not self.training:
+            return self.average(words, state)
+        self.average.update_parameters(self.model)  # with the weights that the step before made
+        return self.model(words, state)
 
 
 def single_layers(rnn: QRNN | nn.LSTM) -> list[nn.Module]:
@@ -111,7 +142,7 @@ class VariantModelling(LanguageModelling):
             stream.tokens = stream.inputs.numel()
             self.fingerprint = self.fingerprint | {"train_tokens": stream.tokens}
 
-    def build(self, name: str) -> LanguageModel:
+    def build(self, name: str) -> LanguageModel:  # or what is called like one
         config = replace(self.config, initialisation="scaled") if "gain" in self.changes else self.config
         model = build_model(config, name, self.tokenizer.get_vocab_size())
         if "locked" in self.changes:
@@ -122,6 +153,8 @@ class VariantModelling(LanguageModelling):
         if {"locked", "skip"} & {*self.changes}:
             between = LockedDropout(config.dropout) if "locked" in self.changes else nn.Dropout(config.dropout)
             model.rnn = Stack(single_layers(cast(QRNN | nn.LSTM, model.rnn)), between, "skip" in self.changes)
+        if "average" in self.changes:
+            return cast(LanguageModel, Averaged(model, len(self.train)))
         return model
 
 

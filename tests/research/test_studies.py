@@ -89,6 +89,7 @@ def test_the_lstm_on_the_penn_treebank_has_256_units():
         "ptb_quarter",
         "ptb_tuned",
         "ptb_changes",
+        "forms",
     ],
 )
 def test_compared_models_have_as_many_recurrent_parameters(study):

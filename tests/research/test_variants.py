@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from experiment import LanguageModelling
 from lab.command_line import parse
 from lab.presets import PRESETS
+from lab.run import count_parameters
 from lab.synthetic import sample_sentences
 from research import slope, variants
 
@@ -83,6 +85,29 @@ def test_forget_biases_spread_over_time_scales(flags, name):
         gates = bias[model.hidden : 2 * model.hidden].sigmoid()
         scales = 1 / (1 - gates)
         assert len(biases) == 2 and 2 <= scales.min() < 15 and 55 < scales.max() <= variants.LONGEST
+
+
+def test_evaluation_takes_the_mean_of_the_weights(flags):
+    config = parse(flags, PRESETS)
+    task = variants.VariantModelling(config, 1, ["average"])
+    model, steps = task.build("lstm"), len(task.train)
+    assert count_parameters(model) == count_parameters(LanguageModelling(config).build("lstm"))
+    mean = model.model.softmax_bias.detach().clone()
+    for step in range(3):
+        with torch.no_grad():
+            model.model.softmax_bias += step
+        mean = mean if step == 0 else mean + (model.model.softmax_bias.detach() - mean) / steps
+        model.train()(WORDS)
+    torch.testing.assert_close(model.average.module.softmax_bias, mean)
+    assert torch.equal(outputs(model.eval(), WORDS), outputs(model.average.module.eval(), WORDS))
+
+
+def test_a_run_with_averaged_weights_keeps_them(flags, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert variants.main(["average", *flags, "--epochs", "2", "--models", "qrnn", "--name", "run"]) == 0
+    *_, last = sorted((tmp_path / "runs" / "run" / "qrnn").glob("best-*"))
+    names = {*load_file(last / "weights.safetensors")}
+    assert {f"average.module.{name.removeprefix('model.')}" for name in names if name.startswith("model.")} < names
 
 
 def test_a_quarter_is_the_start_of_each_row(flags):
