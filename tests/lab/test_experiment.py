@@ -258,8 +258,12 @@ def test_no_match_keeps_the_width():
         assert build_model(config, "lstm", 100).hidden == config.hidden
 
 
-def test_the_default_is_the_log_space_repository_setting():
-    config = parse([], PRESETS)
+def test_without_flags_it_is_the_preset_small():
+    assert parse([], PRESETS) == parse(["--preset", "small"], PRESETS) == PRESETS["small"]
+
+
+def test_girrbach_is_the_log_space_repository_setting():
+    config = parse(["--preset", "girrbach"], PRESETS)
     wanted = {
         "preset": "girrbach",
         "corpus": "wikitext-2",
