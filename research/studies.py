@@ -251,6 +251,7 @@ def ptb_changes() -> Jobs:
         jobs |= {f"{label}, dropout {rate}": Job(f"{whole} {DROPOUT.format(rate)}") for rate in (0.2, 0.3, 0.5)}
         best = f"{whole} {DROPOUT.format(0.3)}"
         jobs[f"{label}, dropout 0.3, locked"] = Job(best, "research.variants locked")
+        jobs[f"{label}, dropout 0.3, averaged weights"] = Job(best, "research.variants average")
         jobs[f"{label}, dropout 0.3, weight decay 0.1"] = Job(f"{best} --weight-decay 0.1")
     changed = {f"zoneout {rate}": f"--zoneout {rate}" for rate in (0.1, 0.2)}
     changed |= {"shifted_softplus": "--activation shifted_softplus", "mode f": f"--mode f --hidden {PTB_WIDTH_OF_F}"}
