@@ -29,6 +29,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qrnn.onednn import add_product, linear, product
+
 SHORT_FILTER_ROWS = 1024
 
 Halves = tuple[Tensor, Tensor]  # the even and the odd steps of an array, counted from 0; (n / 2, B, H) each
@@ -52,10 +54,8 @@ class Taps:
         taps, rows = self._taps(piece), y.flatten(0, 1)
         if rows.dtype != taps.dtype:
             rows.copy_(F.linear(taps, self.weight, self.bias))
-        elif self.bias is None:
-            torch.mm(taps, self.weight.t(), out=rows)
         else:
-            torch.addmm(self.bias, taps, self.weight.t(), out=rows)
+            product(taps, self.weight.t(), rows, self.bias)
 
     def start_backward(self, dtype: torch.dtype, differentiates_inputs: bool) -> None:
         self.weight_grad = torch.zeros_like(self.weight, dtype=dtype)
@@ -67,7 +67,7 @@ class Taps:
         self.bias_grad += y_grad.sum((0, 1))
         rows, taps = y_grad.flatten(0, 1).to(self.weight.dtype), self._taps(piece)
         if self.weight_grad.dtype == rows.dtype:
-            self.weight_grad.addmm_(rows.t(), taps)
+            add_product(rows.t(), taps, self.weight_grad)
         else:
             self.weight_grad += torch.mm(rows.t(), taps)
         if self.seen_grad is None:
@@ -75,9 +75,9 @@ class Taps:
         steps, batch, features = len(y_grad), *self.seen.shape[1:]
         parts = self.seen_grad[piece.start : piece.stop + len(self.seen) - self._steps]
         if len(parts) == steps and parts.dtype == rows.dtype:
-            torch.mm(rows, self.weight, out=parts.flatten(0, 1))
+            product(rows, self.weight, parts.flatten(0, 1))
             return
-        to_taps = torch.mm(rows, self.weight).view(steps, batch, -1).split(features, dim=2)
+        to_taps = linear(rows, self.weight.t()).view(steps, batch, -1).split(features, dim=2)
         parts[:steps] = to_taps[0]
         if piece.stop == self._steps:
             parts[steps:] = 0
@@ -113,7 +113,7 @@ class ShortFilter:
     def __init__(self, window: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, longest: int) -> None:
         self.x, self.bias, self.before = x, bias, len(window)
         self.first_pair = [*window, *x[:2]]  # its inputs
-        taps = weight.chunk(self.before + 1, dim=1)
+        taps = [tap.contiguous() for tap in weight.chunk(self.before + 1, dim=1)]
         self.combinations: list[tuple[Callable[..., Tensor], tuple[int, ...]]]
         if self.before == 1:
             shared = [taps[0] + taps[1]]
@@ -141,18 +141,15 @@ class ShortFilter:
         """Fill y, (n, B, rows of `weight`)."""
         even, odd = (half.flatten(0, 1) for half in self.split(y))
         inputs, weights = self._inputs(piece), [weight.t() for weight in self.weights]
-        if self.bias is None:
-            torch.mm(next(inputs), weights[0], out=even)
-        else:
-            torch.addmm(self.bias, next(inputs), weights[0], out=even)
+        product(next(inputs), weights[0], even, self.bias)
         if self.before == 1:
             odd.copy_(even[: len(odd)])
         else:
-            difference = torch.mm(next(inputs), weights[1])
+            difference = linear(next(inputs), self.weights[1])
             torch.sub(even[: len(odd)], difference[: len(odd)], out=odd)
             even += difference
-        even.addmm_(next(inputs), weights[-2])
-        odd.addmm_(next(inputs), weights[-1])
+        add_product(next(inputs), weights[-2], even)
+        add_product(next(inputs), weights[-1], odd)
 
     def start_backward(self, dtype: torch.dtype, differentiates_inputs: bool) -> None:
         x = self.x
@@ -172,13 +169,13 @@ class ShortFilter:
         self.bias_grad += shared[0].sum(0)
         inputs, grads = list(self._inputs(piece)), [*shared, even, odd]
         for weight_grad, rows, columns in zip(self.weight_grads, grads, inputs, strict=True):
-            weight_grad.addmm_(rows.t(), columns)
+            add_product(rows.t(), columns, weight_grad)
         if self.seen_grad is not None:  # in the buffers of the inputs, which are through
             part = self.seen_grad[piece.start : piece.stop + self.before]
             if piece.stop == len(self.x):
                 part[-self.before :] = 0
             for out, rows, weight in zip(inputs, grads, self.weights, strict=True):
-                torch.mm(rows, weight, out=out)
+                product(rows, weight, out)
             self._add_input_gradients(part, *(out.view(-1, *self.x.shape[1:]) for out in inputs))
 
     def _add_input_gradients(self, seen_grad: Tensor, *products: Tensor) -> None:

@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from qrnn.convolution import Halves, convolution, even_and_odd
+from qrnn.onednn import linear, tanh_
 from qrnn_layer import MODES, QRNNLayer
 
 PIECE = 2**19  # 2 MiB in float32
@@ -59,7 +60,7 @@ def _softplus_backward(grad: Tensor, z: Tensor, out: Tensor) -> None:
 
 
 def _shifted_softplus(a: Tensor) -> None:
-    shift = a.abs().tanh_().log1p_()  # see `qrnn_layer`
+    shift = tanh_(a.abs()).log1p_()  # see `qrnn_layer`
     a.relu_().mul_(2).sub_(shift)
 
 
@@ -74,7 +75,7 @@ ACTIVATIONS = {
     "exp": _Activation(torch.exp_, lambda grad, z, out: torch.mul(grad, z, out=out)),
     "sigmoid": _Activation(torch.sigmoid_, lambda grad, z, out: sigmoid_backward(grad, z, grad_input=out)),
     "relu": _Activation(torch.relu_, lambda grad, z, out: aten.threshold_backward(grad, z, 0, grad_input=out)),
-    "tanh": _Activation(torch.tanh_, lambda grad, z, out: aten.tanh_backward.grad_input(grad, z, grad_input=out)),
+    "tanh": _Activation(tanh_, lambda grad, z, out: aten.tanh_backward.grad_input(grad, z, grad_input=out)),
     "identity": _Activation(lambda a: None, lambda grad, z, out: out.copy_(grad)),
 }
 
@@ -400,7 +401,7 @@ class FastQRNNLayer(QRNNLayer):
         if setting.dtype != weight.dtype:
             weight, bias = weight.to(setting.dtype), None if bias is None else bias.to(setting.dtype)
         seen = torch.cat([window, x], dim=1) if window.shape[1] else x
-        y = F.linear(seen.flatten(1).to(setting.dtype), weight, bias).to(c0.dtype)
+        y = linear(seen.flatten(1).to(setting.dtype), weight, bias).to(c0.dtype)
         z, g, i, o = _activate(y.mul_(setting.signs(y.dtype)), setting)
         c = torch.lerp(c0, z, g) if self.mode != "ifo" else torch.addcmul(c0, g, c0, value=-1).addcmul_(i, z)
         if keep is not None:

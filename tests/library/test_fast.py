@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import qrnn_layer
-from qrnn import convolution, fast
+from qrnn import convolution, fast, onednn
 from qrnn.fast import ACTIVATIONS, FastQRNNLayer
 from qrnn_layer import QRNNLayer
 from tests.versions import skip_in_oldest
@@ -17,14 +17,22 @@ from tests.versions import skip_in_oldest
 BATCH, FEATURES, HIDDEN = 3, 4, 5
 
 
-@pytest.fixture(params=["taps", "short filter"], autouse=True)
+@pytest.fixture(params=["taps", "short filter", "oneDNN"], autouse=True)
 def small(request, monkeypatch) -> str:
-    """Cut short sequences into pieces and let them use both convolutions and the scan, as long ones do."""
+    """Cut short sequences into pieces and let them use both convolutions and the scan, as long ones do.
+
+    With oneDNN, in float32, it is the short filter. Without it the products are those of PyTorch, whatever the CPU.
+    """
+    if request.param == "oneDNN" and not torch.backends.mkldnn.is_available():
+        pytest.skip("PyTorch without oneDNN")
+    monkeypatch.setattr(onednn, "is_faster", lambda: request.param == "oneDNN")
+    for name in ("MULTIPLICATIONS", "SHORTEST", "NUMBERS"):
+        monkeypatch.setattr(onednn, name, 1)
     monkeypatch.setattr(fast, "PIECE", 500)
     monkeypatch.setattr(fast, "HALF_PIECE", 500)
     monkeypatch.setattr(fast, "PIECE_ROWS", 1)
     monkeypatch.setattr(fast, "LOOP_STEPS", 2)
-    monkeypatch.setattr(convolution, "SHORT_FILTER_ROWS", 1 if request.param == "short filter" else 10**9)
+    monkeypatch.setattr(convolution, "SHORT_FILTER_ROWS", 10**9 if request.param == "taps" else 1)
     return request.param
 
 
