@@ -25,7 +25,7 @@ Name = TypeVar("Name", bound=Hashable)
 
 SHORTEST = 5e-3  # seconds of a turn: calls shorter than that are repeated, and their mean counts
 LEAST, MOST = 3, 50  # rounds
-MATRIX_PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::baddbmm")
+MATRIX_PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::baddbmm", "mkldnn::_linear_pointwise")
 COPIES = ("aten::copy_", "aten::cat", "aten::flip", "aten::fill_", "aten::zero_", "aten::stack")
 
 

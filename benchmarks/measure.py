@@ -55,6 +55,7 @@ from lab.training import Trainer
 from qrnn import QRNN
 from qrnn.convolution import SHORT_FILTER_ROWS
 from qrnn.fast import FastQRNNLayer
+from qrnn.onednn import linear
 from qrnn_layer import QRNNState, pool
 
 ROOT = Path(__file__).parents[1]
@@ -424,7 +425,7 @@ def roofline(plan: Plan, device: str, budget: float) -> list[Row]:
     products = 2 * shape[0] * shape[1] * weights
     calls = {  # name: call, arrays' elements moved, FLOPs
         "copy": (lambda: target.copy_(source), 2 * source.numel(), 0),
-        "matrix product": (lambda: square @ square, 3 * size**2, 2 * size**3),
+        "matrix product": (lambda: linear(square, square), 3 * size**2, 2 * size**3),
         "pooling, forward": (call_way(WAYS["auto"], problem, False), 3 * states, 2 * states),
         "pooling, forward + backward": (call_way(WAYS["auto"], problem, True), 9 * states, 7 * states),
         "layer, inference": (layer_call(shape, "QRNN", INFERENCE, device), 2 * states + weights, products),
@@ -445,7 +446,7 @@ def roofline(plan: Plan, device: str, budget: float) -> list[Row]:
 def profile(plan: Plan, device: str, budget: float) -> list[Row]:
     """Measure where the time of a layer goes, and at what share of the machine's rate its matrix products run."""
     square = torch.randn(plan.matrix_size, plan.matrix_size, device=device)
-    timed = interleaved({"matrix product": lambda: square @ square}, budget)
+    timed = interleaved({"matrix product": lambda: linear(square, square)}, budget)
     rate = 2 * plan.matrix_size**3 / (1e-3 * speed_rows(timed)[0]["ms"])
     rows = []
     for shape in progress(plan.profile_shapes, desc="profile", unit="shape"):

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from functools import partial
 
 import pandas as pd
-from pandas import DataFrame
+from pandas import DataFrame, Series
 
 from benchmarks.record import INFERENCE, STACK, STACKED, STEP, Benchmark, NotMeasured, span, wide
 
@@ -26,6 +26,7 @@ PAPER = {  # batch size -> times as fast as cuDNN's LSTM at each length, inferen
 }
 LIMITS = {"copy": ("gb_per_s", "GB/s"), "matrix product": ("gflop_per_s", "GFLOP/s")}  # of the machine
 COMMAND = "python -m benchmarks"
+CPUS = {"AMD": "cpu", "Intel": "cpu-intel"}  # -> what is on record; the second was measured before, on another machine
 
 
 # --- exactness -------------------------------------------------------------------------------------------------------
@@ -165,13 +166,18 @@ def gru_speed(part: str, benchmark: Benchmark) -> str:
     return span(ratios(benchmark.measured("layer", part=part), "GRU", "QRNN").stack(["B", "T"], future_stack=True))
 
 
-def readme_speed(benchmark: Benchmark) -> str:
-    """Return the range of the ratios over nn.LSTM for each part and width, as a table; step by step that of a stack."""
-    compared = (("layer", "QRNN"), ("step", STACK))
-    tables = [ratios(benchmark.measured(name), "LSTM", layer) for name, layer in compared]
-    cells = pd.concat(table.stack(["B", "T"], future_stack=True) for table in tables)
-    lines = cells.groupby(level=["part", "H"]).agg(span).unstack("H")
-    return wide(lines.loc[[STACKED, INFERENCE, STEP]], "times as fast as `nn.LSTM`", "{} units".format)
+def readme_speed(benchmarks: dict[str, Benchmark]) -> str:
+    """Return the range of the ratios over nn.LSTM for each part, CPU and width, as a table; step by step of a stack."""
+    lines: dict[tuple[str, str], Series] = {}
+    for cpu, benchmark in benchmarks.items():
+        compared = (("layer", "QRNN"), ("step", STACK))
+        tables = [ratios(benchmark.measured(name), "LSTM", layer) for name, layer in compared]
+        cells = pd.concat(table.stack(["B", "T"], future_stack=True) for table in tables)
+        spans = cells.groupby(level=["part", "H"]).agg(span).unstack("H")
+        lines |= {(part, cpu): spans.loc[part] for part in spans.index}
+    order = [(part, cpu) for part in (STACKED, INFERENCE, STEP) for cpu in benchmarks]
+    shown = DataFrame([lines[line] for line in order], index=map(", ".join, order))
+    return wide(shown, "times as fast as `nn.LSTM`", "{} units".format)
 
 
 def paper_speed(benchmark: Benchmark) -> dict[str, DataFrame]:
@@ -295,6 +301,7 @@ TABLES: dict[str, Callable[[Benchmark], str]] = {
     "profile": profile,
     "benchmark source": Benchmark.source,
 }
+OF_BOTH_CPUS = ("layer training", "layer inference", "step speed", "benchmark source")
 
 
 def block(made: Callable[[Benchmark], str], device: str = "cpu") -> str:
@@ -304,6 +311,14 @@ def block(made: Callable[[Benchmark], str], device: str = "cpu") -> str:
     except NotMeasured as missing:
         only = f" --only {missing}" if str(missing) else ""
         return f"Not measured yet: `{COMMAND} --device {device}{only}` does it."
+
+
+def speed_of_cpus() -> str:
+    """Return `readme_speed` of the CPUs on record, or which command measures one."""
+    try:
+        return readme_speed({cpu: Benchmark(device) for cpu, device in CPUS.items()})
+    except NotMeasured:
+        return f"Not measured yet: `{COMMAND} --device cpu` does it."
 
 
 def gpu() -> str:
@@ -318,7 +333,8 @@ def gpu() -> str:
 BLOCKS: dict[str, Callable[[], str]] = {
     **{name: partial(block, made) for name, made in TABLES.items()},
     "readme exactness": partial(block, readme_exactness),
-    "readme speed": partial(block, readme_speed),
+    "readme speed": speed_of_cpus,
+    **{f"{name}, Intel": partial(block, TABLES[name], "cpu-intel") for name in OF_BOTH_CPUS},
     "gru training": partial(block, partial(gru_speed, STACKED)),
     "gru inference": partial(block, partial(gru_speed, INFERENCE)),
     "gpu": gpu,

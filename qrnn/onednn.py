@@ -1,9 +1,9 @@
 """oneDNN in the place of MKL, where it is faster.
 
-PyTorch's own matrix products in float32 are those of MKL, and so is tanh. MKL keeps its kernels for AVX-512 to Intel's
-CPUs. On AMD's a product takes twice the time of oneDNN's, which PyTorch brings along for convolutions and `nn.LSTM`, and
-tanh three times. Rule: oneDNN on a CPU of AMD with AVX-512, in float32, from MULTIPLICATIONS or NUMBERS on, because a
-call of it takes 10 microseconds longer. All else is left to PyTorch. Nothing here has a derivative.
+PyTorch's own matrix products in float32 are those of MKL, and so is tanh. MKL keeps its kernels for AVX-512 to CPUs of
+Intel. On those of AMD a product takes twice the time of oneDNN's, and tanh three times. PyTorch has oneDNN with it, and
+computes `nn.LSTM` by it. Rule: oneDNN on a CPU of AMD with AVX-512, in float32, from MULTIPLICATIONS or NUMBERS on,
+because a call of it takes 10 microseconds longer. All else is left to PyTorch. Nothing here has a derivative.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def _multiplies(a: Tensor, b: Tensor) -> bool:
     """Tell whether oneDNN makes the product of (M, K) and (K, N)."""
     sizes = (*a.shape, b.shape[1])
     large = math.prod(sizes) >= MULTIPLICATIONS and min(sizes) >= SHORTEST
-    return large and a.dtype == torch.float32 and is_faster()
+    return large and a.is_cpu and a.dtype == torch.float32 and is_faster()
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -73,6 +73,6 @@ def add_product(a: Tensor, b: Tensor, out: Tensor) -> None:
 
 def tanh_(a: Tensor) -> Tensor:
     """Replace the numbers by their tanh, and return them."""
-    if a.numel() >= NUMBERS and a.dtype == torch.float32 and is_faster():
+    if a.numel() >= NUMBERS and a.is_cpu and a.dtype == torch.float32 and is_faster():
         return a.copy_(a.to_mkldnn().tanh().to_dense())
     return a.tanh_()
