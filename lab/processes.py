@@ -36,7 +36,7 @@ class StopSignal:
             raise KeyboardInterrupt
         self.requested = True
         with contextlib.suppress(RuntimeError):  # the signal came while something else was being printed
-            print("\nstopping after this step, with a report; once more to stop at once", file=sys.stderr, flush=True)
+            print("\nstopping, to evaluate and report; once more to stop at once", file=sys.stderr, flush=True)
 
 
 def agree(accelerator: Accelerator, *wishes: bool) -> tuple[bool, ...]:

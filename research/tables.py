@@ -176,7 +176,7 @@ ALL = tuple(SCORES)
 STUDIES: dict[str, Callable[[DataFrame], str]] = {
     "seeds": seeds,
     "tuned": seeds,
-    "forms": initial,
+    "forms": partial(study, first="mode, candidate", scores=ALL, by_value=True),
     "ablation": partial(study, first="what is changed", by_value=True),
     "longer": longer,
     "numerics": partial(study, first="pieces of T words", scores=ALL),
