@@ -113,16 +113,16 @@ class QRNN(nn.Module):
                 f"dropout={dropout} with num_layers=1 drops nothing: it acts on the outputs of all layers but the last",
                 stacklevel=2,
             )
-        if self.num_layers == 1 and kernel_size not in (2, first_kernel_size):
-            warnings.warn(
-                f"kernel_size={kernel_size} with num_layers=1 has no effect: a single layer has the first_kernel_size",
-                stacklevel=2,
-            )
         directions = 2 if self.bidirectional else 1
         options: dict[str, Any] = {"activation": activation, "bias": self.bias, "method": method}
         options |= {"mean_zoneout": mean_zoneout, "device": device, "dtype": dtype}
-        kernel_size = check_size("kernel_size", kernel_size)  # also where a single layer does not need it
+        kernel_size = check_size("kernel_size", kernel_size)
         layers, features, width = [], self.input_size, check_size("first_kernel_size", first_kernel_size)
+        if self.num_layers == 1 and kernel_size > max(2, width):  # 2 is the default
+            warnings.warn(
+                f"kernel_size={kernel_size} with num_layers=1 does nothing: the only layer has first_kernel_size={width}",
+                stacklevel=2,
+            )
         for _ in range(self.num_layers):
             for _ in range(directions):
                 layers.append(FastQRNNLayer(features, self.hidden_size, width, mode, zoneout, **options))

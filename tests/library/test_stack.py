@@ -138,6 +138,7 @@ def test_weights_of_salesforce_are_converted_as_the_docstring_says():
 # --- the state -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:kernel_size=")  # of a single layer, which does not have it
 @pytest.mark.parametrize("first_kernel_size", (1, 3))
 @pytest.mark.parametrize("kernel_size", (1, 2, 5, 12))  # 12: wider than the sequence
 @pytest.mark.parametrize("num_layers", (1, 3))
@@ -195,6 +196,7 @@ def test_packed_pieces_in_which_sequences_end_are_the_whole(mode, dense, kernel_
                 assert_same_state(picked(state, torch.tensor([place])), picked(last, row.unsqueeze(0)))
 
 
+@pytest.mark.filterwarnings("ignore:kernel_size=")  # of a single layer, which does not have it
 def test_pieces_read_from_the_end_continue_the_reverse_direction():
     rnn = build(bidirectional=True, kernel_size=3)
     x = draw(2, 11, 4)
@@ -336,6 +338,13 @@ def test_zoneout_is_in_every_layer_in_training_and_off_in_evaluation(mode):
     cells = (lambda state: state) if mode == "f" else (lambda state: state[1])
     assert torch.equal(cells(rnn.train()(x, state)[1]), cells(state))
     torch.testing.assert_close(rnn.eval()(x, state)[0], build(2, mode=mode)(x, state)[0])
+
+
+def test_a_kernel_size_that_a_single_layer_does_not_have_is_warned_of():
+    with pytest.warns(UserWarning, match="kernel_size=4 .* first_kernel_size=1"):
+        assert QRNN(4, 6, kernel_size=4).layers[0].kernel_size == 1
+    QRNN(4, 6, kernel_size=4, first_kernel_size=4)  # a warning would be an error here
+    QRNN(4, 6, 2, kernel_size=4)
 
 
 def test_the_warning_about_dropout_points_at_the_line_that_asked_for_it():
