@@ -120,7 +120,7 @@ class QRNN(nn.Module):
         layers, features, width = [], self.input_size, check_size("first_kernel_size", first_kernel_size)
         if self.num_layers == 1 and kernel_size > max(2, width):  # 2 is the default
             warnings.warn(
-                f"kernel_size={kernel_size} with num_layers=1 does nothing: the only layer has first_kernel_size={width}",
+                f"kernel_size={kernel_size} with num_layers=1 does nothing: the layer has first_kernel_size={width}",
                 stacklevel=2,
             )
         for _ in range(self.num_layers):
