@@ -20,7 +20,8 @@ Four ideas, each with its rule:
    LOOP_STEPS are left, which go one by one: fewer calls, fewer passes. Steps of LOOP_SIZE numbers or more go one by one
    at once. So do all where a state is to stay as it is, for then it stays to the bit.
 
-Where the plain layer takes over: see `FastQRNNLayer`.
+Products and tanh are those of the faster library, see `qrnn.onednn`. Where the plain layer takes over: see
+`FastQRNNLayer`.
 """
 
 from __future__ import annotations
