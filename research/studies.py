@@ -252,6 +252,7 @@ def ptb_changes() -> Jobs:
         averaged = "research.variants average"
         jobs[f"{label}, averaged weights"] = Job(whole, averaged)
         jobs[f"{label}, dropout 0.3, averaged weights"] = Job(f"{whole} {DROPOUT.format(0.3)}", averaged)
+        jobs[f"{label}, dropout 0.3, learning rate 8e-3"] = Job(f"{whole} {DROPOUT.format(0.3)} --lr 8e-3")
     zoneout = f"{PTB_SCALED['QRNN']} --epochs 15 {DROPOUT.format(0.3)} --zoneout"
     return jobs | {f"QRNN, dropout 0.3, zoneout {rate}": Job(f"{zoneout} {rate}") for rate in (0.1, 0.2)}
 
