@@ -5,6 +5,7 @@ Each raises NotMeasured if the file does not have its rows; `block` turns that i
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import partial
 
@@ -26,7 +27,7 @@ PAPER = {  # batch size -> times as fast as cuDNN's LSTM at each length, inferen
 }
 LIMITS = {"copy": ("gb_per_s", "GB/s"), "matrix product": ("gflop_per_s", "GFLOP/s")}  # of the machine
 COMMAND = "python -m benchmarks"
-CPUS = {"AMD": "cpu", "Intel": "cpu-intel"}  # -> what is on record; the second was measured before, on another machine
+INTEL = "cpu-intel"  # on record from an older commit, of another machine than "cpu"
 
 
 # --- exactness -------------------------------------------------------------------------------------------------------
@@ -180,6 +181,12 @@ def readme_speed(benchmarks: dict[str, Benchmark]) -> str:
     return wide(shown, "times as fast as `nn.LSTM`", "{} units".format)
 
 
+def by_maker(*benchmarks: Benchmark) -> dict[str, Benchmark]:
+    """Return benchmarks by the maker of their CPU, such as "AMD"; of two by the same maker the later one."""
+    makers = {re.split(r"\W", benchmark.origin["machine"]["cpu"])[0]: benchmark for benchmark in benchmarks}
+    return dict(sorted(makers.items()))
+
+
 def paper_speed(benchmark: Benchmark) -> dict[str, DataFrame]:
     """Return the LSTM's time over the QRNN's in the grid of the paper's Fig. 4, a row for each batch size, by part.
 
@@ -313,14 +320,6 @@ def block(made: Callable[[Benchmark], str], device: str = "cpu") -> str:
         return f"Not measured yet: `{COMMAND} --device {device}{only}` does it."
 
 
-def speed_of_cpus() -> str:
-    """Return `readme_speed` of the CPUs on record, or which command measures one."""
-    try:
-        return readme_speed({cpu: Benchmark(device) for cpu, device in CPUS.items()})
-    except NotMeasured:
-        return f"Not measured yet: `{COMMAND} --device cpu` does it."
-
-
 def gpu() -> str:
     """Return the tables of `TABLES` and the paper's grid of a GPU, once they are measured."""
     try:
@@ -333,8 +332,8 @@ def gpu() -> str:
 BLOCKS: dict[str, Callable[[], str]] = {
     **{name: partial(block, made) for name, made in TABLES.items()},
     "readme exactness": partial(block, readme_exactness),
-    "readme speed": speed_of_cpus,
-    **{f"{name}, Intel": partial(block, TABLES[name], "cpu-intel") for name in OF_BOTH_CPUS},
+    "readme speed": partial(block, lambda benchmark: readme_speed(by_maker(Benchmark(INTEL), benchmark))),
+    **{f"{name}, Intel": partial(block, TABLES[name], INTEL) for name in OF_BOTH_CPUS},
     "gru training": partial(block, partial(gru_speed, STACKED)),
     "gru inference": partial(block, partial(gru_speed, INFERENCE)),
     "gpu": gpu,

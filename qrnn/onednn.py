@@ -35,9 +35,10 @@ def is_faster() -> bool:
 
 def _multiplies(a: Tensor, b: Tensor) -> bool:
     """Tell whether oneDNN makes the product of (M, K) and (K, N)."""
+    if not (is_faster() and a.is_cpu and a.dtype == torch.float32):
+        return False
     sizes = (*a.shape, b.shape[1])
-    large = math.prod(sizes) >= MULTIPLICATIONS and min(sizes) >= SHORTEST
-    return large and a.is_cpu and a.dtype == torch.float32 and is_faster()
+    return math.prod(sizes) >= MULTIPLICATIONS and min(sizes) >= SHORTEST
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -73,6 +74,6 @@ def add_product(a: Tensor, b: Tensor, out: Tensor) -> None:
 
 def tanh_(a: Tensor) -> Tensor:
     """Replace the numbers by their tanh, and return them."""
-    if a.numel() >= NUMBERS and a.is_cpu and a.dtype == torch.float32 and is_faster():
+    if is_faster() and a.is_cpu and a.dtype == torch.float32 and a.numel() >= NUMBERS:
         return a.copy_(a.to_mkldnn().tanh().to_dense())
     return a.tanh_()

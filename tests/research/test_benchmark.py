@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 from itertools import pairwise, product
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -294,14 +295,19 @@ def test_the_worst_error_of_each_length_is_shown(content, measured):
 
 
 def test_every_block_is_made_from_the_file(measured, folder):
-    for device in tables.CPUS.values():  # those of other machines too
-        (folder / f"benchmark-{device}.json").write_text((folder / "benchmark-cpu.json").read_text())
+    (folder / f"benchmark-{tables.INTEL}.json").write_text((folder / "benchmark-cpu.json").read_text())
     shown = {name: block() for name, block in tables.BLOCKS.items()}
     assert "Not measured, runs on CUDA only: " in shown["pooling speed"]
     assert "a peer" in shown["pooling speed"]
     assert "T = 16 over that at T = 8: pooling " in shown["layer growth"]
     assert "--budget 0`" in shown["benchmark source"]
     assert not any("nan" in text or "yet" in text for name, text in shown.items() if name != "gpu")
+
+
+def test_speeds_are_named_after_the_maker_of_the_cpu():
+    both = [SimpleNamespace(origin={"machine": {"cpu": cpu}}) for cpu in ("Intel(R) Xeon(R) Processor", "AMD EPYC")]
+    assert list(tables.by_maker(*both).items()) == [("AMD", both[1]), ("Intel", both[0])]
+    assert tables.by_maker(both[0], both[0]) == {"Intel": both[0]}
 
 
 def test_plots_are_drawn(on_a_gpu, tmp_path):
