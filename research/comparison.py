@@ -163,8 +163,6 @@ ALL = COMPARISONS | {
     "Penn Treebank, one stream, larger initial weights, dropout 0.4": test_perplexities("ptb_scaled"),
     "WikiText-2, sentences, weights of nn.LSTM": test_perplexities("seeds"),
     "WikiText-2, sentences, weights of nn.LSTM, layer 1 with k = 1": one_word_first,
-    "WikiText-2, one stream, weights of nn.LSTM": test_perplexities("wikitext2"),
-    "Penn Treebank, one stream, weights of nn.LSTM": test_perplexities("ptb"),
     "WikiText-2, sentences, dense, validation perplexity": best_dense,
 }
 

@@ -1,8 +1,7 @@
 """Measure what models make of the words before: the perplexity of the same words, given the last 1, 2, 4 ... 256.
 
-    python -m research.studies ptb --data ptb          # trains a QRNN and an LSTM for 15 epochs, and
-    python -m research.studies ptb_short --data ptb    # others for 3
-    python -m research.context --data ptb     # 20 minutes; writes results/context.json
+    python -m research.studies ptb_rate --data ptb    # trains three QRNNs and three LSTMs
+    python -m research.context --data ptb             # 1/2 h; writes results/context.json
 
 The models read windows of the validation split, each from a state of zeros. The last half of a window is scored (of a
 window of one word the one), so "16" stands for 9 to 16 words known, and the windows overlap by the first half, so each
@@ -40,7 +39,7 @@ from lab.training import evaluate, perplexity
 from research.jobs import ROOT, corpus_folder, finished, identify
 from research.studies import STUDIES
 
-COMPARED = ("ptb_short", "ptb")
+COMPARED = "ptb_rate"
 KNOWN = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # words before the one that is predicted, at most
 BATCH = 4096  # words
 
@@ -70,73 +69,63 @@ def losses(model: nn.Module, words: Tensor, known: int) -> Tensor:
     return torch.cat(costs)
 
 
-def trained(study: str, data: Path) -> dict[str, tuple[Config, Path]]:
-    """Return settings and folder of the study's first QRNN and first LSTM.
+def trained(data: Path) -> dict[str, tuple[Config, Path]]:
+    """Return settings and folder of each model, by the label of its run.
 
     Raises:
         InputError: if one of them is not trained.
         CorpusError: if the text is not there.
     """
     models: dict[str, tuple[Config, Path]] = {}
-    jobs = STUDIES[study]()
+    jobs = STUDIES[COMPARED]()
     for label, identity in identify(jobs, data).items():
-        config, folder = cast(Config, jobs[label].config), ROOT / RUNS / f"{study}-{identity}"
-        (name,) = config.models
-        if name in models:
-            continue
+        folder = ROOT / RUNS / f"{COMPARED}-{identity}"
         if not finished(folder / "results.json"):
-            raise InputError(
-                f"{label} of {study} is not trained; run `python -m research.studies {study} --data DIR` first"
-            )
-        models[name] = config, folder / name
+            way_out = f"run `python -m research.studies {COMPARED} --data DIR` first"
+            raise InputError(f"{label} of {COMPARED} is not trained; {way_out}")
+        models[label] = cast(Config, jobs[label].config), folder
     return models
 
 
-def compare(models: dict[str, tuple[Config, Path]], data: Path) -> dict[str, Any]:
-    """Return the perplexities of the QRNN and the LSTM in the order of `KNOWN`, and the ratio of the two.
+def measure(label: str, config: Config, folder: Path, data: Path) -> dict[str, Any]:
+    """Return the perplexities of a model in the order of `KNOWN`, and that of the whole training text.
 
-    Beside them stand those of the whole training text, as in validation: without dropout, the state carried on.
+    The latter is taken as in validation: without dropout, the state carried on.
 
     Raises:
         InputError: if the validation split is too short.
-        CheckpointError: if a model is trained, but its weights are gone.
+        CheckpointError: if the model is trained, but its weights are gone.
     """
-    costs: dict[str, list[Tensor]] = {}
-    fitted: dict[str, float] = {}
-    for name, (config, folder) in models.items():
-        corpus = load_corpus(config.corpus, data)
-        tokenizer = build_vocabulary(corpus.train, config.vocabulary)
-        model = build_model(config, name, tokenizer.get_vocab_size())
-        load_best(ModelFolder(folder), model)
-        words = torch.cat(encode(tokenizer, corpus.valid))
-        if len(words) < 1.5 * KNOWN[-1]:
-            raise InputError(f"--data {data}: {len(words)} words to validate on, {1.5 * KNOWN[-1]:.0f} expected")
-        lengths = tqdm(KNOWN, desc=f"{name}, {config.epochs} epochs", unit="length")
-        costs[name] = [losses(model.eval(), words, known).double() for known in lengths]
-        batches = evaluation_batches(config, encode(tokenizer, corpus.train))
-        fitted[name] = perplexity(evaluate(model, next_word_loss, batches))
-    behind = [qrnn - lstm for qrnn, lstm in zip(costs["qrnn"], costs["lstm"], strict=True)]
+    (name,) = config.models
+    corpus = load_corpus(config.corpus, data)
+    tokenizer = build_vocabulary(corpus.train, config.vocabulary)
+    model = build_model(config, name, tokenizer.get_vocab_size())
+    load_best(ModelFolder(folder / name), model)
+    words = torch.cat(encode(tokenizer, corpus.valid))
+    if len(words) < 1.5 * KNOWN[-1]:
+        raise InputError(f"--data {data}: {len(words)} words to validate on, {1.5 * KNOWN[-1]:.0f} expected")
+    lengths = tqdm(KNOWN, desc=label, unit="length")
+    scores = [math.exp(losses(model.eval(), words, known).double().mean()) for known in lengths]
+    batches = evaluation_batches(config, encode(tokenizer, corpus.train))
     return {
-        "epochs": models["qrnn"][0].epochs,
-        "words": len(behind[0]),
-        **{name: [math.exp(cost.mean()) for cost in mine] for name, mine in costs.items()},
-        "training_text": fitted,
-        "ratio": [math.exp(cost.mean()) for cost in behind],
-        "standard_error": [float(cost.std()) / math.sqrt(len(cost)) for cost in behind],  # over words, of log ratio
+        "model": name,
+        "seed": config.seed,
+        "perplexity": scores,
+        "training_text": perplexity(evaluate(model, next_word_loss, batches)),
     }
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Compare, and write the file; return the exit code: 0, or 2 if a folder or a model is not there."""
+    """Measure all models, and write the file; return the exit code: 0, or 2 if a folder or a model is not there."""
     parser = Parser(__doc__)
     parser.add_argument("--data", required=True, help="folder with the Penn Treebank")
     options = parser.parse_args(arguments)
 
     def command() -> int:
         origin, data = provenance(seed=0, device="cpu"), corpus_folder(options.data)
-        pairs = {study: trained(study, data) for study in COMPARED}  # all of them, before any takes minutes
-        compared = {study: compare(models, data) for study, models in pairs.items()}
-        content = origin | {"known": KNOWN, "studies": compared}
+        models = trained(data)  # all of them, before any takes minutes
+        measured = [measure(label, *where, data) for label, where in models.items()]
+        content = origin | {"study": COMPARED, "known": KNOWN, "models": measured}
         write_file(RESULTS / "context.json", json.dumps(content, indent=1) + "\n")
         print("wrote results/context.json; `make results` brings it into the pages")
         return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from examples.translation.attention import draw_attention
 from lab.report import styles
 from research.record import RESULTS, finished_runs, load
 from research.studies import NAMES
-from research.tables import spans
+from research.tables import by_words, spans
 
 STYLES = styles(NAMES)
 WIDTH = 4.6  # inches: at 390 pixels a letter of 10 points is 12 pixels high
@@ -72,12 +73,6 @@ def named_once(runs: DataFrame) -> list[str | None]:
     ]
 
 
-def draw_ptb(runs: DataFrame, path: Path) -> None:
-    figure, axis = plt.subplots(figsize=(WIDTH, 3.2), layout="constrained")
-    draw_epochs(axis, runs)
-    save(figure, path)
-
-
 def draw_seeds(runs: DataFrame, path: Path) -> None:
     """Draw the epochs, and beside them the last one alone, where the lines lie on each other."""
     figure, (axis, last) = plt.subplots(1, 2, figsize=(WIDTH, 3.2), width_ratios=(2, 1), layout="constrained")
@@ -110,23 +105,23 @@ def draw_ablation(runs: DataFrame, path: Path) -> None:
 
 
 def draw_context(content: dict[str, Any], path: Path) -> None:
-    """Draw the ratio of the perplexities against the number of words known, a line for each length of training."""
+    """Draw the ratio of the perplexities against the number of words known, with its interval over the seeds."""
     figure, axis = plt.subplots(figsize=(WIDTH, 3.4), layout="constrained")
     axis.axhline(0, color="0.6", linewidth=1, zorder=0)
-    styles: tuple[dict[str, Any], ...] = (
-        {"color": "0.5", "marker": "D", "linestyle": "--"},
-        {"color": "black", "marker": "o"},
-    )
-    for study, style in zip(content["studies"].values(), styles, strict=True):
-        percent = [100 * (ratio - 1) for ratio in study["ratio"]]
-        errors = [100 * error for error in study["standard_error"]]
-        axis.errorbar(range(len(percent)), percent, errors, capsize=3, label=f"after {study['epochs']} epochs", **style)
+    pairs = [*by_words(content).values()][: len(content["known"])]  # without the training text
+    low, high = ([percent((pair.interval or (pair.gap,) * 2)[side]) for pair in pairs] for side in (0, 1))
+    axis.fill_between(range(len(pairs)), low, high, color="0.8", label="95 % interval, over the seeds")
+    axis.plot([percent(pair.gap) for pair in pairs], color="black", marker="o")
     axis.set(xlabel="words known before the one to predict", ylabel="perplexity of the QRNN\nover the LSTM's, %")
-    axis.yaxis.set_major_formatter(lambda percent, _: f"{percent:+g}" if percent else "0")
-    axis.set_xticks(range(len(content["known"])), spans(content["known"]), rotation=45, fontsize=9)
+    axis.yaxis.set_major_formatter(lambda value, _: f"{value:+g}" if value else "0")
+    axis.set_xticks(range(len(pairs)), spans(content["known"]), rotation=45, fontsize=9)
     axis.grid(alpha=0.25)
     axis.legend(frameon=False)
     save(figure, path)
+
+
+def percent(log_ratio: float) -> float:
+    return 100 * math.expm1(log_ratio)
 
 
 def draw_translation(runs: DataFrame, path: Path) -> None:
@@ -218,7 +213,7 @@ def draw_scaling(benchmark: Benchmark, path: Path) -> None:
 STUDIES: dict[str, Callable[[DataFrame, Path], None]] = {
     "seeds": draw_seeds,
     "ablation": draw_ablation,
-    "ptb": draw_ptb,
+    "ptb_rate": draw_seeds,
     "translation": draw_translation,
 }
 BENCHMARK: dict[str, Callable[[Benchmark, Path], None]] = {

@@ -10,14 +10,11 @@ longer        the most promising for four epochs, with and without dense connect
 tuned         three seeds with the settings that were best in language_models, now the preset small; 1 1/4 h
 forms         the QRNN of tuned in mode f, and with shifted_softplus, one seed; 1/2 h
 numerics      the plain closed form left to autograd beside `scan`; 1/4 h
-ptb           both models on the Penn Treebank as one stream, 15 epochs; 1 h
-ptb_scaled    the same with today's initial weights, three seeds; 3 h
+ptb_scaled    both models on the Penn Treebank as one stream, 15 epochs, three seeds; 3 h
 ptb_tuned     the same with dropout 0.3, which was best for both models; three seeds; 3 h
-ptb_rate      the same with twice the learning rate as well, three seeds; 3 h
+ptb_rate      the same with the learning rate that was best for each model, three seeds; 3 h
 ptb_changes   what may close the gap that ptb_scaled leaves, one seed; 4 h
-ptb_short     as ptb with more forms of the QRNN, 3 epochs; 1/2 h
-wikitext2     both models on WikiText-2 as one stream with all its words; 1 1/2 h
-wikitext2_scaled  the same with less dropout and today's initial weights, three seeds, in float32; for a GPU
+wikitext2_scaled  both models on WikiText-2 as one stream with all its words, three seeds, in float32; for a GPU
 first_kernel  the QRNN of seeds with a first layer that sees one word, three seeds; 1/2 h
 candidates    candidates of the QRNN, one epoch; 1/2 h
 initial       QRNN and LSTM with larger initial candidates, three seeds; 1 1/2 h
@@ -67,6 +64,8 @@ PTB_SCALED = {
     "QRNN": f"{PTB} --initialisation scaled --models qrnn --first-kernel-size 1 --hidden {PTB_WIDTH}",
     "LSTM": f"{PTB} --initialisation scaled --models lstm --hidden 309",
 }
+PTB_LESS_DROPOUT = {label: f"{flags} --epochs 15 {DROPOUT.format(0.3)}" for label, flags in PTB_SCALED.items()}
+PTB_RATES = {"QRNN": "8e-3", "LSTM": "8e-3"}  # the best of each in `ptb_changes`
 WIKITEXT2 = f"{FIRST_SMALL} {PUBLISHED} --corpus wikitext-2 --lr 3e-3 {DROPOUT.format(0.2)}"
 WIKITEXT2_SCALED = {
     "QRNN": f"{WIKITEXT2} --models qrnn --first-kernel-size 1 --hidden 566",
@@ -219,14 +218,8 @@ def best_flags(model: str, search: Search) -> str:
     return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in zip(search.settings, best, strict=True))
 
 
-def ptb() -> Jobs:
-    """Read the Penn Treebank as one stream; the width gives the LSTM 256 units."""
-    flags = f"{PTB} --epochs 15 --hidden 309 --models"
-    return {label: Job(f"{flags} {model}") for model, label in NAMES.items()}
-
-
 def ptb_scaled() -> Jobs:
-    """Repeat `ptb` with today's initial weights and a QRNN whose first layer sees one word, three seeds."""
+    """Read the Penn Treebank as one stream; the width gives the LSTM 256 units."""
     return {
         f"{label}, seed {seed}": Job(f"{flags} --epochs 15 --seed {seed}")
         for seed in range(3)
@@ -237,57 +230,38 @@ def ptb_scaled() -> Jobs:
 def ptb_tuned() -> Jobs:
     """Repeat `ptb_scaled` with the dropout that was best for both models in `ptb_changes`."""
     return {
-        f"{label}, seed {seed}": Job(f"{flags} --epochs 15 {DROPOUT.format(0.3)} --seed {seed}")
+        f"{label}, seed {seed}": Job(f"{flags} --seed {seed}")
         for seed in range(3)
-        for label, flags in PTB_SCALED.items()
+        for label, flags in PTB_LESS_DROPOUT.items()
     }
 
 
 def ptb_rate() -> Jobs:
-    """Repeat `ptb_tuned` with twice the learning rate, which was best for both models in `ptb_quarter`."""
+    """Repeat `ptb_tuned` with the learning rate that was best for each model in `ptb_changes`."""
     return {
-        f"{label}, seed {seed}": Job(f"{flags} --epochs 15 {DROPOUT.format(0.3)} --lr 8e-3 --seed {seed}")
+        f"{label}, seed {seed}": Job(f"{flags} --lr {PTB_RATES[label]} --seed {seed}")
         for seed in range(3)
-        for label, flags in PTB_SCALED.items()
+        for label, flags in PTB_LESS_DROPOUT.items()
     }
 
 
 def ptb_changes() -> Jobs:
     """Change one thing in the models of `ptb_scaled`, seed 0, and one more where dropout is at its best."""
-    jobs = {}
+    jobs, averaged = {}, "research.variants average"
     for label, flags in PTB_SCALED.items():
-        whole = f"{flags} --epochs 15"
+        whole, less = f"{flags} --epochs 15", f"{label}, dropout 0.3"
         jobs[f"{label}, skip connection"] = Job(whole, "research.variants skip")
         jobs |= {f"{label}, dropout {rate}": Job(f"{whole} {DROPOUT.format(rate)}") for rate in (0.2, 0.3, 0.5)}
-        averaged = "research.variants average"
         jobs[f"{label}, averaged weights"] = Job(whole, averaged)
-        jobs[f"{label}, dropout 0.3, averaged weights"] = Job(f"{whole} {DROPOUT.format(0.3)}", averaged)
-    zoneout = f"{PTB_SCALED['QRNN']} --epochs 15 {DROPOUT.format(0.3)} --zoneout"
+        jobs[f"{less}, averaged weights"] = Job(PTB_LESS_DROPOUT[label], averaged)
+        for rate in ("8e-3", "1.6e-2"):
+            jobs[f"{less}, learning rate {rate}"] = Job(f"{PTB_LESS_DROPOUT[label]} --lr {rate}")
+    zoneout = f"{PTB_LESS_DROPOUT['QRNN']} --zoneout"
     return jobs | {f"QRNN, dropout 0.3, zoneout {rate}": Job(f"{zoneout} {rate}") for rate in (0.1, 0.2)}
 
 
-def ptb_short() -> Jobs:
-    """Find what does well in three epochs of `ptb`."""
-    models = {
-        "QRNN, fo": "qrnn --hidden 309",
-        "LSTM": "lstm --hidden 309",
-        "QRNN, ifo": "qrnn --mode ifo --hidden 256",
-        "QRNN, fo, three layers": "qrnn --hidden 238 --layers 3",
-        "QRNN, fo, forget bias 2": "qrnn --hidden 309 --forget-bias 2",
-        "QRNN, fo, learning rate 8e-3": "qrnn --hidden 309 --lr 8e-3",
-        "LSTM, learning rate 8e-3": "lstm --hidden 309 --lr 8e-3",
-    }
-    return {label: Job(f"{PTB} --epochs 3 --no-test --models {model}") for label, model in models.items()}
-
-
-def wikitext2() -> Jobs:
-    """Read WikiText-2 as one stream, with all words: beside so large a softmax, wider layers cost little time."""
-    flags = f"{SMALL} {PUBLISHED} --corpus wikitext-2 --hidden 512 --epochs 4 --lr 3e-3 {DROPOUT.format(0.3)}"
-    return {label: Job(f"{flags} --models {model}") for model, label in NAMES.items()}
-
-
 def wikitext2_scaled() -> Jobs:
-    """Repeat `wikitext2` with today's initial weights, less dropout and a QRNN whose first layer sees one word."""
+    """Read WikiText-2 as one stream, with all words: beside so large a softmax, wider layers cost little time."""
     return {
         f"{label}, seed {seed}": Job(f"{flags} --seed {seed}")
         for seed in range(3)
@@ -338,7 +312,7 @@ def candidates() -> Jobs:
 
 
 def ptb_quarter() -> Jobs:
-    """Train on little text, where a model shows soon how well it carries over; there the QRNNs of `ptb` fell short."""
+    """Train on little text, where a model shows soon how well it carries over; there QRNNs on streams fell short."""
     qrnn, lstm = (f"{flags} --epochs 8 --no-test" for flags in PTB_SCALED.values())
     more = DROPOUT.format(0.5)
     plain, changes = "research.variants quarter", "research.variants quarter,"
@@ -363,6 +337,8 @@ def ptb_quarter() -> Jobs:
         "LSTM, learning rate 1.6e-2": Job(f"{lstm} --lr 1.6e-2", plain),
         "QRNN, averaged weights": Job(qrnn, f"{changes}average"),
         "LSTM, averaged weights": Job(lstm, f"{changes}average"),
+        "QRNN, learning rate 3.2e-2": Job(f"{qrnn} --lr 3.2e-2", plain),
+        "LSTM, learning rate 3.2e-2": Job(f"{lstm} --lr 3.2e-2", plain),
         "QRNN, learning rate 8e-3, averaged weights": Job(f"{qrnn} --lr 8e-3", f"{changes}average"),
         "LSTM, learning rate 8e-3, averaged weights": Job(f"{lstm} --lr 8e-3", f"{changes}average"),
         "QRNN, zoneout 0.1": Job(f"{qrnn} --zoneout 0.1", plain),
@@ -458,13 +434,10 @@ STUDIES: dict[str, Callable[[], Jobs]] = {
         tuned,
         forms,
         numerics,
-        ptb,
         ptb_scaled,
         ptb_tuned,
         ptb_rate,
         ptb_changes,
-        ptb_short,
-        wikitext2,
         wikitext2_scaled,
         first_kernel,
         candidates,

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from math import exp, log
+from typing import Any
 
 import pandas as pd
 from pandas import DataFrame, Series
 
 from benchmarks.record import RESULTS, markdown, source, wide
 from research import jobs, studies
-from research.comparison import over_seeds
+from research.comparison import Compared, over_seeds
 from research.record import finished_runs, load
 from research.studies import NAMES
 
@@ -156,15 +158,21 @@ def context() -> str:
     if not (RESULTS / "context.json").exists():
         return "Not measured yet: `python -m research.context --data DIR` does it."
     content = load("context.json")
-    columns = {"words known": [*spans(content["known"]), "training text, all words before"]}
-    for study in content["studies"].values():
-        fit, after = study["training_text"], f", {study['epochs']} epochs"
-        for name, label in NAMES.items():
-            columns[label + after] = [f"{score:.1f}" for score in (*study[name], fit[name])]
-        pairs = zip(study["ratio"], study["standard_error"], strict=True)
-        ratios = [f"{ratio:.3f} ± {error:.3f}" for ratio, error in pairs]
-        columns[f"QRNN / LSTM{after}"] = [*ratios, f"{fit['qrnn'] / fit['lstm']:.3f}"]
-    return f"{markdown(DataFrame(columns))}\n\n{source('context.json', content)}"
+    rows = []
+    for words, pair in by_words(content).items():
+        row = {"words known": words, "QRNN": f"{exp(pair.qrnn):.1f}", "LSTM": f"{exp(pair.lstm):.1f}"}
+        interval = " ({:.3f} to {:.3f})".format(*map(exp, pair.interval)) if pair.interval else ""
+        rows.append(row | {"QRNN / LSTM (95 % interval)": f"{exp(pair.gap):.3f}{interval}"})
+    return f"{markdown(DataFrame(rows))}\n\n{source('context.json', content)}"
+
+
+def by_words(content: dict[str, Any]) -> dict[str, Compared]:
+    """Compare logarithms of perplexities over the seeds, for each number of words known, and of the training text."""
+    models = content["models"]
+    logs = DataFrame([[*model["perplexity"], model["training_text"]] for model in models]).map(log)
+    logs.columns = [*spans(content["known"]), "training text, all words before"]
+    is_qrnn = Series([model["model"] == "qrnn" for model in models])
+    return {words: over_seeds(logs[words][is_qrnn], logs[words][~is_qrnn]) for words in logs}
 
 
 def spans(known: list[int]) -> list[str]:
@@ -180,12 +188,10 @@ STUDIES: dict[str, Callable[[DataFrame], str]] = {
     "ablation": partial(study, first="what is changed", by_value=True),
     "longer": longer,
     "numerics": partial(study, first="pieces of T words", scores=ALL),
-    "ptb": partial(study, first="model", scores=ALL),
     "ptb_scaled": seeds,
     "ptb_tuned": seeds,
+    "ptb_rate": seeds,
     "ptb_changes": partial(study, first="model", scores=ALL, by_value=True),
-    "ptb_short": partial(study, first="model"),
-    "wikitext2": partial(study, first="model", scores=ALL),
     "wikitext2_scaled": seeds,
     "first_kernel": first_kernel,
     "initial": initial,

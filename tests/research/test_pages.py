@@ -126,15 +126,15 @@ def cells(table: str) -> list[list[str]]:
 
 
 def test_studies_are_shown_with_what_failed_and_what_is_missing(write):
-    made = tables.STUDIES["ptb_short"]
-    assert "`x --data DIR`" in tables.recorded("ptb_short", "x", made)
-    write("ptb_short", LSTM=run("lstm", 90.0, 89.0), broken={"error": "exit code 1: no luck"})
-    shown = tables.recorded("ptb_short", "x", made)
+    made = tables.STUDIES["ablation"]
+    assert "`x --data DIR`" in tables.recorded("ablation", "x", made)
+    write("ablation", LSTM=run("lstm", 90.0, 89.0), broken={"error": "exit code 1: no luck"})
+    shown = tables.recorded("ablation", "x", made)
     assert cells(shown) == [["LSTM", "8", "1,000 / 2,000", "90.0"]]
-    assert "broken failed: exit code 1: no luck." in shown and "QRNN, ifo; " in shown
+    assert "broken failed: exit code 1: no luck." in shown and "LSTM, seed 1; " in shown
     assert "commit 012345678, a CPU, 1 core a run, torch 2, Python 3" in shown
-    write("ptb_short", broken={"error": "exit code 1: no luck"})
-    assert tables.recorded("ptb_short", "x", made).startswith("broken failed: exit code 1: no luck.")
+    write("ablation", broken={"error": "exit code 1: no luck"})
+    assert tables.recorded("ablation", "x", made).startswith("broken failed: exit code 1: no luck.")
 
 
 def test_seeds_are_averaged_and_the_best_trial_is_bold(write):
@@ -241,7 +241,7 @@ def test_comparisons_have_as_many_runs_of_one_as_of_the_other(write):
     write("seeds", **{label: run(name, 95.0, test) for label, (name, test) in scores.items()})
     dense = {label: run("qrnn", valid, None, dense=True) for label, valid in (("a", 60.0), ("b", 55.0))}
     write("longer", **dense)
-    write("ptb", a=run("qrnn", 70.0, 60.0))
+    write("ptb_rate", a=run("qrnn", 70.0, 60.0))
     (row,) = cells(comparison.BLOCKS["comparison"]())
     assert row[:3] == ["WikiText-2, sentences, weights of nn.LSTM", "81.00", "90.25"] and row[3].startswith("-9.25 (-")
     assert comparison.best_dense() is comparison.one_word_first() is None
@@ -283,11 +283,31 @@ def test_runs_of_the_lstm_alone_stop_no_page(name, write, tmp_path):
     assert (tmp_path / "x.png").exists() == (name != "translation")  # that figure is of the QRNN
 
 
-def test_the_known_words_are_drawn_and_missing_ones_are_said(tmp_path, monkeypatch):
-    figures.draw_context(json.loads((record.RESULTS / "context.json").read_text()), tmp_path / "x.png")
+def models_by_words(seeds: int) -> dict:
+    """What `research.context` writes, of a QRNN that is a tenth worse than the LSTM where two words are known."""
+    words = {"qrnn": [200.0, 110.0, 90.0], "lstm": [200.0, 100.0, 90.0]}
+    models = [
+        {"model": name, "seed": seed, "perplexity": [score + seed for score in scores], "training_text": 50.0}
+        for seed in range(seeds)
+        for name, scores in words.items()
+    ]
+    origin = json.loads((record.RESULTS / "context.json").read_text())
+    return origin | {"study": "a study", "known": [1, 2, 4], "models": models}
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_the_known_words_are_drawn_and_missing_ones_are_said(seeds, tmp_path, monkeypatch):
+    content = models_by_words(seeds)
+    figures.draw_context(content, tmp_path / "x.png")
     assert (tmp_path / "x.png").stat().st_size > 5000
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    monkeypatch.setattr("research.record.RESULTS", tmp_path)
     assert "`python -m research.context --data DIR`" in tables.context()
+    (tmp_path / "context.json").write_text(json.dumps(content))
+    shown = cells(tables.context())
+    assert [row[0] for row in shown] == ["1", "2", "3-4", "training text, all words before"]
+    assert shown[0][3].startswith("1.000") and shown[1][3].startswith("1.1" if seeds == 1 else "1.099")
+    assert all(("(" in row[3]) == (seeds > 1) for row in shown)
 
 
 # --- the files -------------------------------------------------------------------------------------------------------

@@ -72,7 +72,7 @@ def test_flags_are_understood_and_no_run_is_done_twice(study, tmp_path, monkeypa
 
 
 def test_the_lstm_on_the_penn_treebank_has_256_units():
-    config = STUDIES["ptb"]()["LSTM"].config
+    config = STUDIES["ptb_rate"]()["LSTM, seed 0"].config
     assert build_model(config, "lstm", vocabulary=10).hidden == 256
 
 
@@ -81,13 +81,11 @@ def test_the_lstm_on_the_penn_treebank_has_256_units():
     [
         "ablation",
         "longer",
-        "ptb",
-        "ptb_short",
-        "wikitext2",
         "wikitext2_scaled",
         "candidates",
         "ptb_quarter",
         "ptb_tuned",
+        "ptb_rate",
         "ptb_changes",
         "forms",
     ],
@@ -209,7 +207,7 @@ def test_without_the_corpus_nothing_runs_and_nothing_is_written(command, where, 
     (away / "empty").mkdir()
     monkeypatch.chdir(away)
     monkeypatch.setattr(context, "RESULTS", away)
-    for name in ("tiny", *context.COMPARED):
+    for name in ("tiny", context.COMPARED):
         monkeypatch.setitem(STUDIES, name, lambda: {"good": Job(f"{TINY} --models qrnn")})
     for name in ("tiny", "context"):
         (away / f"{name}.json").write_text('{"runs": {"good": {"identity": "x", "models": []}}}')
@@ -352,21 +350,23 @@ def test_every_number_of_known_words_is_asked_of_the_same_words(monkeypatch):
 
 
 def test_models_are_compared_by_the_words_they_know(data, away, monkeypatch, capsys):
-    monkeypatch.setattr(context, "RESULTS", away)
-    monkeypatch.setattr(context, "ROOT", away)
+    for name in ("RESULTS", "ROOT"):
+        monkeypatch.setattr(context, name, away)
     monkeypatch.setattr(context, "KNOWN", (1, 2, 4))
-    monkeypatch.setattr(context, "COMPARED", ("tiny",))
-    both = {name: Job(f"{TINY} --protocol stream --models {name}") for name in ("qrnn", "lstm")}
-    monkeypatch.setitem(STUDIES, "tiny", lambda: both)
+    monkeypatch.setattr(context, "COMPARED", "tiny")
+    seeded = [(name, seed) for seed in range(2) for name in ("qrnn", "lstm")]
+    flags = f"{TINY} --protocol stream --models"
+    jobs = {f"{name}, seed {seed}": Job(f"{flags} {name} --seed {seed}") for name, seed in seeded}
+    monkeypatch.setitem(STUDIES, "tiny", lambda: jobs)
     assert context.main(["--data", str(data)]) == 2
-    assert "qrnn of tiny" in capsys.readouterr().err
+    assert "qrnn, seed 0 of tiny" in capsys.readouterr().err
     assert main(["tiny", "--data", str(data)]) == 0 and context.main(["--data", str(data)]) == 0
-    found = json.loads((away / "context.json").read_text())["studies"]["tiny"]
+    content = json.loads((away / "context.json").read_text())
     monkeypatch.setattr(context, "KNOWN", (1, 1000))
     assert context.main(["--data", str(data)]) == 2
     assert f"--data {data}" in capsys.readouterr().err
-    for qrnn, lstm, ratio in zip(found["qrnn"], found["lstm"], found["ratio"], strict=True):
-        assert ratio == pytest.approx(qrnn / lstm)
+    assert [(model["model"], model["seed"]) for model in content["models"]] == seeded
+    assert all(len({*model["perplexity"]}) == 3 for model in content["models"])
     trained = json.loads((away / "tiny.json").read_text())["runs"]
-    assert all(1 < found["training_text"][name] < 1.5 * trained[name]["models"][0]["valid_perplexity"] for name in both)
-    assert found["epochs"] == 1 and all(error > 0 for error in found["standard_error"])
+    for model, run in zip(content["models"], trained.values(), strict=True):
+        assert 1 < model["training_text"] < 1.5 * run["models"][0]["valid_perplexity"]
