@@ -1,6 +1,6 @@
 """Measure what models make of the words before: the perplexity of the same words, given the last 1, 2, 4 ... 256.
 
-    python -m research.studies ptb_rate --data ptb    # trains three QRNNs and three LSTMs
+    python -m research.studies ptb_averaged --data ptb    # trains three QRNNs and three LSTMs
     python -m research.context --data ptb             # 1/2 h; writes results/context.json
 
 The models read windows of the validation split, each from a state of zeros. The last half of a window is scored (of a
@@ -39,7 +39,7 @@ from lab.training import evaluate, perplexity
 from research.jobs import ROOT, corpus_folder, finished, identify
 from research.studies import STUDIES
 
-COMPARED = "ptb_rate"
+COMPARED = "ptb_averaged"
 KNOWN = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # words before the one that is predicted, at most
 BATCH = 4096  # words
 

@@ -213,7 +213,7 @@ def draw_scaling(benchmark: Benchmark, path: Path) -> None:
 STUDIES: dict[str, Callable[[DataFrame, Path], None]] = {
     "seeds": draw_seeds,
     "ablation": draw_ablation,
-    "ptb_rate": draw_seeds,
+    "ptb_averaged": draw_seeds,
     "translation": draw_translation,
 }
 BENCHMARK: dict[str, Callable[[Benchmark, Path], None]] = {

@@ -190,7 +190,7 @@ STUDIES: dict[str, Callable[[DataFrame], str]] = {
     "numerics": partial(study, first="pieces of T words", scores=ALL),
     "ptb_scaled": seeds,
     "ptb_tuned": seeds,
-    "ptb_rate": seeds,
+    "ptb_averaged": seeds,
     "ptb_changes": partial(study, first="model", scores=ALL, by_value=True),
     "wikitext2_scaled": seeds,
     "first_kernel": first_kernel,

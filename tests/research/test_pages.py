@@ -241,7 +241,7 @@ def test_comparisons_have_as_many_runs_of_one_as_of_the_other(write):
     write("seeds", **{label: run(name, 95.0, test) for label, (name, test) in scores.items()})
     dense = {label: run("qrnn", valid, None, dense=True) for label, valid in (("a", 60.0), ("b", 55.0))}
     write("longer", **dense)
-    write("ptb_rate", a=run("qrnn", 70.0, 60.0))
+    write("ptb_averaged", a=run("qrnn", 70.0, 60.0))
     (row,) = cells(comparison.BLOCKS["comparison"]())
     assert row[:3] == ["WikiText-2, sentences, weights of nn.LSTM", "81.00", "90.25"] and row[3].startswith("-9.25 (-")
     assert comparison.best_dense() is comparison.one_word_first() is None

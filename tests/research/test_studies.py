@@ -72,7 +72,7 @@ def test_flags_are_understood_and_no_run_is_done_twice(study, tmp_path, monkeypa
 
 
 def test_the_lstm_on_the_penn_treebank_has_256_units():
-    config = STUDIES["ptb_rate"]()["LSTM, seed 0"].config
+    config = STUDIES["ptb_averaged"]()["LSTM, seed 0"].config
     assert build_model(config, "lstm", vocabulary=10).hidden == 256
 
 
@@ -85,7 +85,7 @@ def test_the_lstm_on_the_penn_treebank_has_256_units():
         "candidates",
         "ptb_quarter",
         "ptb_tuned",
-        "ptb_rate",
+        "ptb_averaged",
         "ptb_changes",
         "forms",
     ],
