@@ -14,6 +14,7 @@ import json
 import math
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,8 +24,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from benchmarks.record import RESULTS
-from experiment import build_model, evaluation_batches
-from lab.batches import build_vocabulary, encode
+from experiment import evaluation_batches
+from lab.batches import encode
 from lab.checkpoint import write_file
 from lab.command_line import exit_code
 from lab.corpora import load_corpus
@@ -36,8 +37,9 @@ from lab.run import RUNS, load_best
 from lab.run_folder import ModelFolder
 from lab.settings import InputError
 from lab.training import evaluate, perplexity
-from research.jobs import ROOT, corpus_folder, finished, identify
+from research.jobs import ROOT, Job, corpus_folder, finished, identify
 from research.studies import STUDIES
+from research.variants import VariantModelling
 
 COMPARED = "ptb_averaged"
 KNOWN = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # words before the one that is predicted, at most
@@ -69,25 +71,25 @@ def losses(model: nn.Module, words: Tensor, known: int) -> Tensor:
     return torch.cat(costs)
 
 
-def trained(data: Path) -> dict[str, tuple[Config, Path]]:
-    """Return settings and folder of each model, by the label of its run.
+def trained(data: Path) -> dict[str, tuple[Job, Path]]:
+    """Return each run and its folder, by its label.
 
     Raises:
         InputError: if one of them is not trained.
         CorpusError: if the text is not there.
     """
-    models: dict[str, tuple[Config, Path]] = {}
+    runs: dict[str, tuple[Job, Path]] = {}
     jobs = STUDIES[COMPARED]()
     for label, identity in identify(jobs, data).items():
         folder = ROOT / RUNS / f"{COMPARED}-{identity}"
         if not finished(folder / "results.json"):
             way_out = f"run `python -m research.studies {COMPARED} --data DIR` first"
             raise InputError(f"{label} of {COMPARED} is not trained; {way_out}")
-        models[label] = cast(Config, jobs[label].config), folder
-    return models
+        runs[label] = jobs[label], folder
+    return runs
 
 
-def measure(label: str, config: Config, folder: Path, data: Path) -> dict[str, Any]:
+def measure(label: str, job: Job, folder: Path, data: Path) -> dict[str, Any]:
     """Return the perplexities of a model in the order of `KNOWN`, and that of the whole training text.
 
     The latter is taken as in validation: without dropout, the state carried on.
@@ -96,17 +98,18 @@ def measure(label: str, config: Config, folder: Path, data: Path) -> dict[str, A
         InputError: if the validation split is too short.
         CheckpointError: if the model is trained, but its weights are gone.
     """
+    config = replace(cast(Config, job.config), data=data)
     (name,) = config.models
-    corpus = load_corpus(config.corpus, data)
-    tokenizer = build_vocabulary(corpus.train, config.vocabulary)
-    model = build_model(config, name, tokenizer.get_vocab_size())
+    task = VariantModelling(config, processes=1, changes=job.module.split()[1:])
+    model = task.build(name)
     load_best(ModelFolder(folder / name), model)
-    words = torch.cat(encode(tokenizer, corpus.valid))
+    corpus = load_corpus(config.corpus, data)
+    words = torch.cat(encode(task.tokenizer, corpus.valid))
     if len(words) < 1.5 * KNOWN[-1]:
         raise InputError(f"--data {data}: {len(words)} words to validate on, {1.5 * KNOWN[-1]:.0f} expected")
     lengths = tqdm(KNOWN, desc=label, unit="length")
     scores = [math.exp(losses(model.eval(), words, known).double().mean()) for known in lengths]
-    batches = evaluation_batches(config, encode(tokenizer, corpus.train))
+    batches = evaluation_batches(config, encode(task.tokenizer, corpus.train))
     return {
         "model": name,
         "seed": config.seed,
@@ -123,8 +126,8 @@ def main(arguments: Sequence[str]) -> int:
 
     def command() -> int:
         origin, data = provenance(seed=0, device="cpu"), corpus_folder(options.data)
-        models = trained(data)  # all of them, before any takes minutes
-        measured = [measure(label, *where, data) for label, where in models.items()]
+        runs = trained(data)  # all of them, before any takes minutes
+        measured = [measure(label, *run, data) for label, run in runs.items()]
         content = origin | {"study": COMPARED, "known": KNOWN, "models": measured}
         write_file(RESULTS / "context.json", json.dumps(content, indent=1) + "\n")
         print("wrote results/context.json; `make results` brings it into the pages")
