@@ -1,9 +1,9 @@
 """oneDNN in the place of MKL, where it is faster.
 
 PyTorch's own matrix products in float32 are those of MKL, and so is tanh. MKL keeps its kernels for AVX-512 to CPUs of
-Intel. On those of AMD a product takes twice the time of oneDNN's, and tanh three times. PyTorch has oneDNN with it, and
-computes `nn.LSTM` by it. Rule: oneDNN on a CPU of AMD with AVX-512, in float32, from MULTIPLICATIONS or NUMBERS on,
-because a call of it takes 10 microseconds longer. All else is left to PyTorch. Nothing here has a derivative.
+Intel, so on those of AMD oneDNN is the faster one. PyTorch has oneDNN with it, and computes `nn.LSTM` by it. Rule:
+oneDNN on a CPU of AMD with AVX-512, in float32, from MULTIPLICATIONS or NUMBERS on, for a call of it takes longer. All
+else is left to PyTorch. Nothing here has a derivative.
 """
 
 from __future__ import annotations
