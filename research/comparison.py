@@ -151,7 +151,7 @@ def test_perplexities(study: str) -> Callable[[], Compared | None]:
 COMPARISONS: dict[str, Callable[[], Compared | None]] = {
     "WikiText-2, sentences, both tuned": test_perplexities("tuned"),
     "WikiText-2, one stream, larger initial weights": test_perplexities("wikitext2_scaled"),
-    "Penn Treebank, one stream, larger initial weights, dropout 0.3": test_perplexities("ptb_tuned"),
+    "Penn Treebank, one stream, both tuned": test_perplexities("ptb_averaged"),
     "Penn Treebank, one stream, preset bradbury, cut short": paper_sizes,
     "translation of Multi30k, BLEU": translations,
     "film reviews, accuracy in %": reviews,
@@ -160,6 +160,7 @@ COMPARISONS: dict[str, Callable[[], Compared | None]] = {
 
 ALL = COMPARISONS | {
     "WikiText-2, sentences, larger initial weights": larger_candidates,
+    "Penn Treebank, one stream, larger initial weights, dropout 0.3": test_perplexities("ptb_tuned"),
     "Penn Treebank, one stream, larger initial weights, dropout 0.4": test_perplexities("ptb_scaled"),
     "WikiText-2, sentences, weights of nn.LSTM": test_perplexities("seeds"),
     "WikiText-2, sentences, weights of nn.LSTM, layer 1 with k = 1": one_word_first,

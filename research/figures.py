@@ -86,6 +86,20 @@ def draw_seeds(runs: DataFrame, path: Path) -> None:
     save(figure, path)
 
 
+def draw_carried_over(runs: DataFrame, path: Path) -> None:
+    """Draw validation perplexity against that of the training text, a line for each run, a point for each epoch."""
+    figure, axis = plt.subplots(figsize=(WIDTH, 3.2), layout="constrained")
+    for (_, run), label in zip(runs.iterrows(), named_once(runs), strict=True):
+        pairs = ((line["train_perplexity"], line["valid_perplexity"]) for line in run["curve"])
+        axis.plot(*zip(*pairs, strict=True), label=label, **STYLES[run["model"]] | {"markersize": 4})
+    axis.set(xlabel="perplexity of the training text, with dropout", ylabel="validation perplexity")
+    log_axis(axis, "x", (1, 1.5, 2, 3, 5, 7))
+    log_axis(axis, "y", (1, 1.2, 1.5, 2, 3, 4, 5, 6, 7, 8, 9))
+    axis.invert_xaxis()
+    axis.legend(frameon=False)
+    save(figure, path)
+
+
 def draw_ablation(runs: DataFrame, path: Path) -> None:
     """Draw a point for each run, the best at the top; the line is at the run that the others change."""
     figure, axis = plt.subplots(figsize=(WIDTH, 0.2 * len(runs) + 0.9), layout="constrained")
@@ -213,7 +227,7 @@ def draw_scaling(benchmark: Benchmark, path: Path) -> None:
 STUDIES: dict[str, Callable[[DataFrame, Path], None]] = {
     "seeds": draw_seeds,
     "ablation": draw_ablation,
-    "ptb_averaged": draw_seeds,
+    "ptb_tuned": draw_carried_over,
     "translation": draw_translation,
 }
 BENCHMARK: dict[str, Callable[[Benchmark, Path], None]] = {

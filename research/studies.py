@@ -337,8 +337,6 @@ def ptb_quarter() -> Jobs:
         "LSTM, learning rate 1.6e-2": Job(f"{lstm} --lr 1.6e-2", plain),
         "QRNN, averaged weights": Job(qrnn, f"{changes}average"),
         "LSTM, averaged weights": Job(lstm, f"{changes}average"),
-        "QRNN, learning rate 3.2e-2": Job(f"{qrnn} --lr 3.2e-2", plain),
-        "LSTM, learning rate 3.2e-2": Job(f"{lstm} --lr 3.2e-2", plain),
         "QRNN, learning rate 8e-3, averaged weights": Job(f"{qrnn} --lr 8e-3", f"{changes}average"),
         "LSTM, learning rate 8e-3, averaged weights": Job(f"{lstm} --lr 8e-3", f"{changes}average"),
         "QRNN, zoneout 0.1": Job(f"{qrnn} --zoneout 0.1", plain),
