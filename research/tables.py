@@ -188,7 +188,6 @@ STUDIES: dict[str, Callable[[DataFrame], str]] = {
     "ablation": partial(study, first="what is changed", by_value=True),
     "longer": longer,
     "numerics": partial(study, first="pieces of T words", scores=ALL),
-    "ptb_scaled": seeds,
     "ptb_tuned": seeds,
     "ptb_averaged": seeds,
     "ptb_changes": partial(study, first="model", scores=ALL, by_value=True),
