@@ -43,7 +43,7 @@ from research.variants import VariantModelling
 
 COMPARED = "ptb_averaged"
 KNOWN = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # words before the one that is predicted, at most
-BATCH = 4096  # words
+BATCH = 512  # words; more take longer, for the scores of all words then leave the cache
 
 
 @torch.no_grad()
