@@ -1,7 +1,7 @@
 """Measure what models make of the words before: the perplexity of the same words, given the last 1, 2, 4 ... 256.
 
     python -m research.studies ptb_averaged --data ptb    # trains three QRNNs and three LSTMs
-    python -m research.context --data ptb             # 1/2 h; writes results/context.json
+    python -m research.context --data ptb                 # 1/4 h; writes results/context.json
 
 The models read windows of the validation split, each from a state of zeros. The last half of a window is scored (of a
 window of one word the one), so "16" stands for 9 to 16 words known, and the windows overlap by the first half, so each
@@ -43,7 +43,7 @@ from research.variants import VariantModelling
 
 COMPARED = "ptb_averaged"
 KNOWN = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # words before the one that is predicted, at most
-BATCH = 512  # words; more take longer, for the scores of all words then leave the cache
+BATCH = 512  # words; more take longer
 
 
 @torch.no_grad()
